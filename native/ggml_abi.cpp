@@ -1,0 +1,39 @@
+#include "ggml_abi.h"
+
+#include <cstring>
+
+namespace edgemoe::ggml {
+
+std::string Api::check_layout() {
+    constexpr int kF32 = 0;
+    constexpr int kI32 = 26;
+    Context* context = init({16 * 1024, nullptr, true});
+    if (context == nullptr) {
+        return "ggml_init failed";
+    }
+    Tensor* experts = new_tensor_3d(context, kF32, 8, 6, 4);
+    Tensor* input = new_tensor_3d(context, kF32, 8, 2, 3);
+    Tensor* ids = new_tensor_3d(context, kI32, 2, 3, 1);
+    Tensor* product = mul_mat_id(context, experts, input, ids);
+    set_name(experts, "layout check");
+
+    std::string wrong;
+    const auto expect = [&wrong](bool good, const char* field) {
+        if (!good) {
+            wrong += wrong.empty() ? field : std::string(", ") + field;
+        }
+    };
+    expect(experts->type == kF32 && ids->type == kI32, "type");
+    expect(experts->ne[0] == 8 && experts->ne[1] == 6 && experts->ne[2] == 4 && experts->ne[3] == 1, "ne");
+    expect(experts->nb[0] == 4 && experts->nb[1] == 32 && experts->nb[2] == 192 && experts->nb[3] == 768, "nb");
+    expect(nbytes(experts) == 768, "ggml_nbytes");
+    expect(std::strcmp(experts->name, "layout check") == 0, "name");
+    expect(experts->data == nullptr && experts->buffer == nullptr && experts->view_src == nullptr, "data");
+    expect(product->src[0] == experts && product->src[1] == input && product->src[2] == ids, "src");
+    expect(product->op != experts->op && product->op > 0, "op");
+    op_mul_mat_id = product->op;
+    free(context);
+    return wrong;
+}
+
+}  // namespace edgemoe::ggml

@@ -1,0 +1,268 @@
+#include "mapped_file.h"
+
+#if defined(_WIN32)
+#error "edgemoe runs on Linux and macOS; on Windows use it inside WSL 2"
+#endif
+
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <utility>
+
+namespace edgemoe {
+
+namespace {
+
+std::string describe(const std::string& path, const char* what) {
+    return std::string(what) + " " + path + " failed: " + std::strerror(errno);
+}
+
+int64_t modification_time(const struct stat& info) {
+#if defined(__APPLE__)
+    return info.st_mtimespec.tv_sec * 1000000000LL + info.st_mtimespec.tv_nsec;
+#else
+    return info.st_mtim.tv_sec * 1000000000LL + info.st_mtim.tv_nsec;
+#endif
+}
+
+// The one loop that handles EINTR and short reads. Returns how much arrived before the end of the file.
+size_t read_fully(int fd, uint64_t offset, std::byte* to, size_t n, const std::string& path) {
+    size_t done = 0;
+    while (done < n) {
+        const ssize_t got = ::pread(fd, to + done, n - done, static_cast<off_t>(offset + done));
+        if (got < 0) {
+            if (errno == EINTR) {
+                continue;
+            }
+            throw SystemError(describe(path, "reading"));
+        }
+        if (got == 0) {
+            break;
+        }
+        done += static_cast<size_t>(got);
+    }
+    return done;
+}
+
+[[noreturn]] void throw_short(const std::string& path, uint64_t offset, size_t got, size_t needed) {
+    throw SystemError("reading " + path + " at byte " + std::to_string(offset) + " gave " + std::to_string(got) +
+                      " bytes of " + std::to_string(needed) + ": the file has become shorter or the disk is failing");
+}
+
+}  // namespace
+
+size_t page_size() {
+    static const size_t size = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+    return size;
+}
+
+MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
+    fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd_ < 0) {
+        throw SystemError(describe(path_, "opening"));
+    }
+    struct stat info {};
+    if (::fstat(fd_, &info) != 0) {
+        const std::string message = describe(path_, "examining");
+        ::close(fd_);
+        throw SystemError(message);
+    }
+    size_ = static_cast<uint64_t>(info.st_size);
+    modified_ns_ = modification_time(info);
+}
+
+MappedFile::~MappedFile() {
+    ::close(fd_);
+    if (direct_fd_ >= 0) {
+        ::close(direct_fd_);
+    }
+}
+
+bool MappedFile::open_direct(std::string& why) {
+#if defined(__APPLE__)
+    direct_fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+    if (direct_fd_ >= 0 && ::fcntl(direct_fd_, F_NOCACHE, 1) != 0) {
+        ::close(std::exchange(direct_fd_, -1));
+    }
+#else
+    direct_fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+#endif
+    if (direct_fd_ < 0) {
+        why = std::string("the file system refuses O_DIRECT (") + std::strerror(errno) + ")";
+        return false;
+    }
+    return true;
+}
+
+void MappedFile::read(uint64_t offset, std::byte* to, size_t n) const {
+    const size_t got = read_fully(fd_, offset, to, n, path_);
+    if (got < n) {
+        throw_short(path_, offset, got, n);
+    }
+}
+
+void MappedFile::read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const {
+    const size_t got = read_fully(direct_fd_, offset, to, n, path_);
+    if (got < needed) {
+        throw_short(path_, offset, got, needed);
+    }
+}
+
+void MappedFile::map_over(std::byte* place, uint64_t offset, size_t n) const {
+    void* mapped = ::mmap(place, n, PROT_READ, MAP_PRIVATE | MAP_FIXED, fd_, static_cast<off_t>(offset));
+    if (mapped == MAP_FAILED) {
+        throw SystemError(describe(path_, "mapping"));
+    }
+    // Read-ahead would bring in experts that nobody selected.
+    ::madvise(place, n, MADV_RANDOM);
+}
+
+void MappedFile::check_unchanged() const {
+    struct stat info {};
+    if (::fstat(fd_, &info) != 0) {
+        throw SystemError(describe(path_, "examining"));
+    }
+    if (static_cast<uint64_t>(info.st_size) != size_ || modification_time(info) != modified_ns_) {
+        throw SystemError("the model file " + path_ + " was changed while in use (" + std::to_string(size_) +
+                          " bytes when opened, now " + std::to_string(info.st_size) + ")");
+    }
+}
+
+void MappedFile::forget(uint64_t offset, uint64_t n) const {
+#if defined(POSIX_FADV_DONTNEED)
+    ::posix_fadvise(fd_, static_cast<off_t>(offset), static_cast<off_t>(n), POSIX_FADV_DONTNEED);
+#else
+    static_cast<void>(offset);
+    static_cast<void>(n);
+#endif
+}
+
+std::byte* reserve_memory(size_t n) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#if defined(MAP_NORESERVE)
+    flags |= MAP_NORESERVE;
+#endif
+    void* base = ::mmap(nullptr, n, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (base == MAP_FAILED) {
+        throw SystemError("reserving " + std::to_string(n) + " bytes of address space failed: " + std::strerror(errno));
+    }
+    return static_cast<std::byte*>(base);
+}
+
+void release_memory(std::byte* base, size_t n) { ::munmap(base, n); }
+
+void use_small_pages(std::byte* base, size_t n) {
+#if defined(MADV_NOHUGEPAGE)
+    ::madvise(base, n, MADV_NOHUGEPAGE);
+#else
+    static_cast<void>(base);
+    static_cast<void>(n);
+#endif
+}
+
+void discard(std::byte* base, size_t n) {
+#if defined(__APPLE__)
+    // MADV_DONTNEED is only a hint there; mapping fresh pages over the range really gives the old ones back.
+    ::mmap(base, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+#else
+    ::madvise(base, n, MADV_DONTNEED);
+#endif
+}
+
+void populate(std::byte* base, size_t n, const std::string& path) {
+    ::madvise(base, n, MADV_WILLNEED);
+#if defined(MADV_POPULATE_READ)
+    if (::madvise(base, n, MADV_POPULATE_READ) == 0) {
+        return;
+    }
+    if (errno != EINVAL) {
+        throw SystemError(describe(path, "reading (mapped)"));
+    }
+#else
+    static_cast<void>(path);
+#endif
+    // Before Linux 5.14, and on macOS: touch each page.
+    for (size_t at = 0; at < n; at += page_size()) {
+        static_cast<void>(*reinterpret_cast<const volatile unsigned char*>(base + at));
+    }
+}
+
+// ---------------------------------------------------------------- SIGBUS
+
+namespace {
+
+// A signal handler may only touch lock-free statics, hence a fixed table. A free slot has size 0.
+struct WatchedRange {
+    std::atomic<uintptr_t> base{0};
+    std::atomic<size_t> size{0};
+    std::atomic<bool> faulted{false};
+};
+
+WatchedRange watched[256];
+struct sigaction previous_action;
+std::atomic<bool> handler_installed{false};
+
+void on_bus_error(int signal, siginfo_t* info, void* context) {
+    const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
+    for (WatchedRange& range : watched) {
+        const uintptr_t base = range.base.load();
+        if (range.size.load() != 0 && address >= base && address < base + range.size.load()) {
+            range.faulted = true;
+            void* page = reinterpret_cast<void*>(address / page_size() * page_size());
+            ::mmap(page, page_size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            return;
+        }
+    }
+    if ((previous_action.sa_flags & SA_SIGINFO) != 0 && previous_action.sa_sigaction != nullptr) {
+        previous_action.sa_sigaction(signal, info, context);
+    } else if (previous_action.sa_handler != SIG_DFL && previous_action.sa_handler != SIG_IGN) {
+        previous_action.sa_handler(signal);
+    } else {
+        ::signal(signal, SIG_DFL);  // returning runs the instruction again, and this time it kills
+    }
+}
+
+}  // namespace
+
+void BusErrorGuard::watch(std::byte* base, size_t n) {
+    if (!handler_installed.exchange(true)) {
+        page_size();  // its static must exist before a signal needs it
+        struct sigaction action {};
+        action.sa_sigaction = on_bus_error;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        ::sigemptyset(&action.sa_mask);
+        ::sigaction(SIGBUS, &action, &previous_action);
+    }
+    for (int slot = 0; slot < static_cast<int>(std::size(watched)) && n_slots_ < kMaxRanges; ++slot) {
+        uintptr_t free_base = 0;
+        if (watched[slot].base.compare_exchange_strong(free_base, reinterpret_cast<uintptr_t>(base))) {
+            watched[slot].faulted = false;
+            watched[slot].size = n;
+            slots_[n_slots_++] = slot;
+            return;
+        }
+    }
+    throw SystemError("too many models are open in mmap mode at once; close one, or use --io pread");
+}
+
+bool BusErrorGuard::faulted() const {
+    for (int i = 0; i < n_slots_; ++i) {
+        if (watched[slots_[i]].faulted) {
+            return true;
+        }
+    }
+    return false;
+}
+
+BusErrorGuard::~BusErrorGuard() {
+    for (int i = 0; i < n_slots_; ++i) {
+        watched[slots_[i]].size = 0;
+        watched[slots_[i]].base = 0;
+    }
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,96 @@
+// Every operating-system call of edgemoe, and nothing else: files, address space, page cache.
+//
+// Linux is the target; the macOS branches are written after its manual pages. Windows is refused at build time.
+// All sizes are bytes. Failures throw SystemError, whose message names the file and what the system said.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace edgemoe {
+
+struct SystemError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+size_t page_size();
+
+inline uint64_t page_floor(uint64_t n) { return n / page_size() * page_size(); }
+inline uint64_t page_ceil(uint64_t n) { return page_floor(n + page_size() - 1); }
+
+// One part of a model, open for reading: by buffered reads, by O_DIRECT, or mapped over a place in memory.
+// Thread-safe: no call moves a shared file position.
+class MappedFile {
+   public:
+    explicit MappedFile(std::string path);
+    ~MappedFile();
+    MappedFile(const MappedFile&) = delete;
+    MappedFile& operator=(const MappedFile&) = delete;
+
+    const std::string& path() const { return path_; }
+    uint64_t size() const { return size_; }
+
+    // Opens the O_DIRECT descriptor. False where the file system refuses it; `why` then says so.
+    bool open_direct(std::string& why);
+
+    // Reads exactly n bytes through the page cache.
+    void read(uint64_t offset, std::byte* to, size_t n) const;
+
+    // Reads past the page cache. `offset`, `to` and `n` are multiples of the page size; the last page may lie beyond the
+    // end of the file, but at least `needed` bytes must arrive.
+    void read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const;
+
+    // Maps the file's pages [offset, offset + n) read-only over `place`, replacing what was there. Nothing is read yet;
+    // done again over an earlier mapping it gives that one's memory back.
+    void map_over(std::byte* place, uint64_t offset, size_t n) const;
+
+    // Throws if the file has been truncated, rewritten or touched since it was opened. A rename over it is harmless:
+    // this descriptor keeps the old file.
+    void check_unchanged() const;
+
+    // Drops the file's clean pages [offset, offset + n) from the page cache; n = 0 means to the end.
+    void forget(uint64_t offset, uint64_t n) const;
+
+   private:
+    std::string path_;
+    int fd_ = -1;
+    int direct_fd_ = -1;
+    uint64_t size_ = 0;
+    int64_t modified_ns_ = 0;
+};
+
+// Address space without memory behind it: pages cost RAM only once they are written.
+std::byte* reserve_memory(size_t n);
+void release_memory(std::byte* base, size_t n);
+
+// Small pages only: a huge page would commit its neighbours' memory too.
+void use_small_pages(std::byte* base, size_t n);
+
+// Gives the anonymous pages of [base, base + n) back; whole pages only. They read as zero afterwards.
+void discard(std::byte* base, size_t n);
+
+// Brings in the pages of a file mapping, in large reads. Throws where the file has become shorter.
+void populate(std::byte* base, size_t n, const std::string& path);
+
+// Reading a mapped file that was truncated raises SIGBUS. While a guard lives, such a fault inside its range is given a
+// page of zeros and noted, so that the answer can be refused instead of the process dying.
+class BusErrorGuard {
+   public:
+    BusErrorGuard() = default;
+    ~BusErrorGuard();
+    BusErrorGuard(const BusErrorGuard&) = delete;
+    BusErrorGuard& operator=(const BusErrorGuard&) = delete;
+
+    void watch(std::byte* base, size_t n);
+    bool faulted() const;
+
+   private:
+    static constexpr int kMaxRanges = 16;
+    int slots_[kMaxRanges];
+    int n_slots_ = 0;
+};
+
+}  // namespace edgemoe

@@ -1,0 +1,144 @@
+// edgemoe._native: the Python face of the store, the buffer type and the hook. No logic lives here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <map>
+#include <memory>
+#include <stdexcept>
+
+#include "expert_buffer.h"
+#include "expert_store.h"
+#include "ggml_abi.h"
+#include "router_hook.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Symbols = std::map<std::string, uintptr_t>;
+
+template <typename Function>
+void bind(Function& function, const Symbols& symbols, const char* name) {
+    const auto found = symbols.find(name);
+    if (found == symbols.end() || found->second == 0) {
+        throw std::invalid_argument(std::string("no address was given for ") + name);
+    }
+    function = reinterpret_cast<Function>(found->second);
+}
+
+edgemoe::ggml::Api make_api(const Symbols& symbols) {
+    edgemoe::ggml::Api api{};
+    bind(api.buffer_init, symbols, "ggml_backend_buffer_init");
+    bind(api.nbytes, symbols, "ggml_nbytes");
+    bind(api.init, symbols, "ggml_init");
+    bind(api.free, symbols, "ggml_free");
+    bind(api.new_tensor_3d, symbols, "ggml_new_tensor_3d");
+    bind(api.mul_mat_id, symbols, "ggml_mul_mat_id");
+    bind(api.set_name, symbols, "ggml_set_name");
+    bind(api.memory_breakdown, symbols, "llama_get_memory_breakdown");
+    const std::string wrong = api.check_layout();
+    if (!wrong.empty()) {
+        throw std::runtime_error("ggml's data layout differs in: " + wrong);
+    }
+    return api;
+}
+
+edgemoe::Io parse_io(const std::string& io) {
+    if (io == "direct") {
+        return edgemoe::Io::direct;
+    }
+    if (io == "mmap") {
+        return edgemoe::Io::mmap;
+    }
+    if (io == "pread") {
+        return edgemoe::Io::pread;
+    }
+    throw std::invalid_argument("io is direct, mmap or pread, not " + io);
+}
+
+// What one loaded model needs, in the order in which it must be taken down.
+struct Session {
+    Session(const std::string& io, int n_lanes, uint64_t arena_bytes) : store(parse_io(io), n_lanes, arena_bytes) {}
+
+    void attach(const Symbols& symbols) {
+        api = make_api(symbols);
+        buffer = std::make_unique<edgemoe::ExpertBuffer>(store, api);
+        hook = std::make_unique<edgemoe::RouterHook>(store, *buffer, api);
+    }
+
+    edgemoe::ggml::Api api{};
+    edgemoe::ExpertStore store;
+    std::unique_ptr<edgemoe::ExpertBuffer> buffer;
+    std::unique_ptr<edgemoe::RouterHook> hook;
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::class_<edgemoe::StoreStats>(m, "Stats")
+        .def_ro("hits", &edgemoe::StoreStats::hits)
+        .def_ro("misses", &edgemoe::StoreStats::misses)
+        .def_ro("evictions", &edgemoe::StoreStats::evictions)
+        .def_ro("bytes_read", &edgemoe::StoreStats::bytes_read)
+        .def_ro("dense_bytes", &edgemoe::StoreStats::dense_bytes)
+        .def_ro("resident_bytes", &edgemoe::StoreStats::resident_bytes)
+        .def_ro("peak_bytes", &edgemoe::StoreStats::peak_bytes)
+        .def_ro("read_ns", &edgemoe::StoreStats::read_ns);
+
+    nb::class_<Session>(m, "Session")
+        .def(nb::init<const std::string&, int, uint64_t>(), "io"_a, "n_lanes"_a, "arena_bytes"_a)
+        .def("add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)
+        .def(
+            "add_tensor",
+            [](Session& s, std::string name, int file, uint64_t offset, uint64_t n_bytes, int layer, int n_expert) {
+                return s.store.add_tensor({std::move(name), file, offset, n_bytes, layer, n_expert});
+            },
+            "name"_a, "file"_a, "offset"_a, "n_bytes"_a, "layer"_a = -1, "n_expert"_a = 0)
+        .def("attach", &Session::attach, "symbols"_a)
+        .def("buffer_type", [](Session& s) { return reinterpret_cast<uintptr_t>(s.buffer->type()); })
+        .def("restore_names", [](Session& s) { s.buffer->restore_names(); })
+        .def("load_failure", [](Session& s) { return s.buffer->failure(); })
+        .def("eval_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_node); })
+        .def("abort_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_abort); })
+        .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.hook.get()); })
+        .def("begin", [](Session& s) { s.hook->begin(); })
+        .def("interrupt", [](Session& s) { s.hook->interrupt(); })
+        .def("take_failure", [](Session& s) { return s.hook->take_failure(); })
+        .def("staged_layers", [](Session& s) { return s.hook->staged_layers(); })
+        .def("stats", [](Session& s) { return s.store.stats(); });
+
+    m.def(
+        "probe_direct",
+        [](const std::string& path, uint64_t offset) {
+            std::string why;
+            const bool works = edgemoe::ExpertStore::probe_direct(path, offset, why);
+            return std::make_tuple(works, why);
+        },
+        "path"_a, "offset"_a);
+    m.def(
+        "memory_use",
+        [](const Symbols& symbols, uintptr_t llama_context) {
+            edgemoe::ggml::MemoryUse sum;
+            for (const auto& entry : make_api(symbols).memory_breakdown(reinterpret_cast<const void*>(llama_context))) {
+                sum.model += entry.second.model;
+                sum.context += entry.second.context;
+                sum.compute += entry.second.compute;
+            }
+            return std::make_tuple(sum.model, sum.context, sum.compute);
+        },
+        "symbols"_a, "llama_context"_a);
+    m.def(
+        "forget_file",
+        [](const std::string& path) { edgemoe::MappedFile(path).forget(0, 0); }, "path"_a);
+
+    nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+        try {
+            std::rethrow_exception(error);
+        } catch (const edgemoe::SystemError& system_error) {
+            PyErr_SetString(PyExc_OSError, system_error.what());
+        }
+    });
+}
