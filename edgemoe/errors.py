@@ -1,0 +1,70 @@
+"""Every error edgemoe raises on purpose; each message is one sentence with the next step in it.
+
+::
+
+    EdgemoeError
+     |- ModelFileError              the GGUF cannot be used: not a GGUF, cut short, corrupt, a part missing
+     |   |- NotMoEError             a dense model: plain llama.cpp runs it
+     |   |- UnknownArchitectureError  an architecture the pinned llama.cpp does not load
+     |- BudgetError                 --ram cannot be read, is absurd, or is too small (``needed`` would do)
+     |- StoreError                  the disk failed, or the file changed, while experts were being read
+     |- BackendError                llama-cpp-python is missing, of another version, or refused the model
+     |- UnsupportedPlatformError    this operating system or machine is not supported
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "EdgemoeError",
+    "ModelFileError",
+    "NotMoEError",
+    "StoreError",
+    "UnknownArchitectureError",
+    "UnsupportedPlatformError",
+]
+
+
+class EdgemoeError(Exception):
+    """Base of all errors that edgemoe raises on purpose."""
+
+
+class ModelFileError(EdgemoeError):
+    """The model file cannot be used: not a GGUF, unreadable, cut short, corrupt, or a part is missing."""
+
+
+class NotMoEError(ModelFileError):
+    """The model has no routed experts, so there is nothing for edgemoe to do."""
+
+
+class UnknownArchitectureError(ModelFileError):
+    """The architecture named in the file is not one the pinned llama.cpp loads."""
+
+
+class BudgetError(EdgemoeError):
+    """A memory budget that cannot be read, makes no sense, or is too small.
+
+    Parameters
+    ----------
+    message : str
+        One sentence for the user.
+    needed : int or None
+        The smallest budget that would do, in bytes, where it is known.
+    """
+
+    def __init__(self, message: str, needed: int | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+class StoreError(EdgemoeError):
+    """Expert bytes could not be read: a disk error, a short read, or a file that changed underneath."""
+
+
+class BackendError(EdgemoeError):
+    """llama-cpp-python is missing or of another version, or it refused the model."""
+
+
+class UnsupportedPlatformError(EdgemoeError):
+    """The operating system or machine is not supported."""
