@@ -106,6 +106,7 @@ NB_MODULE(_native, m) {
         .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.hook.get()); })
         .def("begin", [](Session& s) { s.hook->begin(); })
         .def("interrupt", [](Session& s) { s.hook->interrupt(); })
+        .def("interrupted", [](Session& s) { return s.hook->interrupted(); })
         .def("take_failure", [](Session& s) { return s.hook->take_failure(); })
         .def("staged_layers", [](Session& s) { return s.hook->staged_layers(); })
         .def("stats", [](Session& s) { return s.store.stats(); });

@@ -29,6 +29,7 @@ class RouterHook {
 
     void begin();      // before each llama_decode
     void interrupt();  // from any thread: stop the running llama_decode
+    bool interrupted() const { return stop_; }
     // What went wrong since `begin`, or empty.
     std::string take_failure();
     uint64_t staged_layers() const { return staged_layers_; }  // layers served tensor by tensor so far

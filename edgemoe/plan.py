@@ -1,0 +1,303 @@
+"""Where every byte of ``--ram`` goes, decided from the header before anything is loaded.
+
+`make_plan` is pure: the same header, budget and footprint give the same plan. What llama.cpp itself will allocate
+(KV cache, compute buffers) is not modelled here but asked of llama.cpp through the `footprint` function, because it
+differs between more than a hundred architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from edgemoe.errors import BudgetError
+from edgemoe.index import ExpertIndex
+from edgemoe.memory import Budget, format_bytes, page_size
+
+MIB = 1 << 20
+
+DEFAULT_UBATCH = 512
+"""llama.cpp's own default for n_ubatch, the physical batch of a prompt."""
+
+SMALLEST_CTX = 512
+"""The context that a budget must at least hold when the user names none, tokens."""
+
+CONTEXT_SHARE = 4
+COMPUTE_SHARE = 4
+"""KV cache and compute buffers may each take one part in four of what experts could use instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What llama.cpp allocates besides the weights, for one context size and physical batch.
+
+    Attributes
+    ----------
+    n_ctx, n_ubatch : int
+        Tokens.
+    kv_bytes, compute_bytes : int
+        KV cache (and recurrent state), and the graph's compute buffers, as llama.cpp's own simulation reports them.
+    scratch_bytes : int
+        Work memory of the CPU kernels and output logits, which that simulation leaves out.
+    """
+
+    n_ctx: int
+    n_ubatch: int
+    kv_bytes: int
+    compute_bytes: int
+    scratch_bytes: int
+
+    @property
+    def total(self) -> int:
+        """All of it, bytes."""
+        return self.kv_bytes + self.compute_bytes + self.scratch_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLine:
+    """One row of the plan: a name, its bytes, and why."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """How a budget is spent.
+
+    Attributes
+    ----------
+    budget : Budget
+        What was asked for, bytes with its reason.
+    lines : tuple of PlanLine
+        Their bytes add up to ``budget.bytes``.
+    n_ctx, n_ubatch : int
+        Tokens of context, and of one physical batch.
+    arena_bytes : int
+        Memory for experts, whole pages.
+    floor_budget : int
+        The smallest ``--ram`` that would work for this context, bytes.
+    resident_share : float
+        Part of the experts that fits the arena, 0 to 1.
+    prompt_mode : str
+        ``whole``: all experts that one batch may select fit at once. ``per-tensor``: one expert tensor's share at a
+        time. ``small-batches``: n_ubatch was lowered until that fits.
+    notes : tuple of str
+        What the user should know, the two cliffs above all.
+    """
+
+    budget: Budget
+    lines: tuple[PlanLine, ...]
+    n_ctx: int
+    n_ubatch: int
+    arena_bytes: int
+    floor_budget: int
+    resident_share: float
+    prompt_mode: str
+    notes: tuple[str, ...]
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of the line with that name, 0 if there is none."""
+        return sum(line.bytes for line in self.lines if line.name == name)
+
+
+def make_plan(
+    index: ExpertIndex,
+    budget: Budget,
+    footprint: Callable[[int, int], Footprint],
+    process_bytes: int,
+    n_ctx: int | None = None,
+    n_ubatch: int | None = None,
+) -> ExpertPlan:
+    """Divide a RAM budget.
+
+    Parameters
+    ----------
+    index : ExpertIndex
+        The model's header.
+    budget : Budget
+        Total for the process, bytes.
+    footprint : callable
+        ``footprint(n_ctx, n_ubatch)`` gives llama.cpp's own needs.
+    process_bytes : int
+        Python, libraries and vocabulary, measured.
+    n_ctx : int, optional
+        Context in tokens; None takes the largest that leaves most of the memory to experts.
+    n_ubatch : int, optional
+        Largest physical batch; None means 512. It is lowered when the experts of such a batch cannot fit.
+
+    Raises
+    ------
+    BudgetError
+        When the budget cannot hold the floor: dense weights, KV cache, compute buffers and twice the experts of one
+        token of one layer. ``needed`` is the budget that would do.
+    """
+    pages = _SlabPages(index)
+    fixed = process_bytes + index.dense_bytes
+    headroom = headroom_of(budget.bytes)
+    space = budget.bytes - headroom - fixed
+    widest = n_ubatch or DEFAULT_UBATCH
+
+    smallest_ctx = n_ctx or min(SMALLEST_CTX, index.context_length)
+    least = footprint(smallest_ctx, 1)
+    floor_budget = _with_headroom(fixed + least.total + _page_tables(pages.floor) + pages.floor)
+    if budget.bytes < floor_budget:
+        raise BudgetError(
+            f"{budget.reason} is too small for {index.path.name}: at least {format_bytes(floor_budget)} is needed"
+            f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(index.dense_bytes)},"
+            f" Python and llama.cpp {format_bytes(process_bytes)}, KV cache and buffers {format_bytes(least.total)},"
+            f" experts {format_bytes(pages.floor)}); give --ram {_round_up_mib(floor_budget)}MiB"
+            + (" or a smaller --ctx" if n_ctx else ""),
+            needed=floor_budget,
+        )
+
+    def arena_for(shape: Footprint) -> int:
+        # Page tables map the arena: 8 bytes for each page.
+        available = (space - shape.total) * 512 // 513
+        return min(available // page_size() * page_size(), pages.total)
+
+    def feasible(ctx: int) -> Iterator[Footprint]:
+        """Batches from wide to narrow whose worst case fits the arena."""
+        width = min(widest, ctx)
+        while width >= 1:
+            shape = footprint(ctx, width)
+            if arena_for(shape) >= max(pages.floor, pages.one_tensor(width)):
+                yield shape
+            width //= 2
+
+    chosen: Footprint | None = None
+    for ctx in [n_ctx] if n_ctx else _context_sizes(index.context_length):
+        shapes = list(feasible(ctx))
+        if not shapes:
+            continue
+        if n_ctx is None and ctx > smallest_ctx and shapes[-1].kv_bytes > space // CONTEXT_SHARE:
+            continue
+        modest = (s for s in shapes if s.compute_bytes + s.scratch_bytes <= space // COMPUTE_SHARE)
+        chosen = shapes[0] if n_ubatch else next(modest, shapes[-1])
+        break
+    assert chosen is not None, "a budget above the floor always has a feasible shape"
+
+    arena = arena_for(chosen)
+    if shapes[0].n_ubatch < min(widest, chosen.n_ctx):
+        mode = "small-batches"
+    else:
+        mode = "whole" if arena >= pages.whole(chosen.n_ubatch) else "per-tensor"
+    tables = _page_tables(arena)
+    free = budget.bytes - headroom - fixed - chosen.total - arena - tables
+    share = min(1.0, arena / pages.total)
+    lines = (
+        PlanLine("Python and libraries", process_bytes, "measured in this process, vocabulary included"),
+        PlanLine(
+            "dense weights", index.dense_bytes, "every token needs them: attention, norms, router, embeddings"
+        ),
+        PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
+        PlanLine("compute buffers", chosen.compute_bytes, f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"),
+        PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
+        PlanLine("expert arena", arena, f"{share:.0%} of {format_bytes(index.expert_bytes)} of experts"),
+        PlanLine("page tables", tables, "the kernel's map of the arena"),
+        PlanLine("headroom", headroom, "never planned for: allocator and Python growth"),
+        PlanLine(
+            "left free",
+            free,
+            "all experts fit; more would not help" if share == 1.0 else "less than one page",
+        ),
+    )
+    return ExpertPlan(
+        budget=budget,
+        lines=lines,
+        n_ctx=chosen.n_ctx,
+        n_ubatch=chosen.n_ubatch,
+        arena_bytes=arena,
+        floor_budget=floor_budget,
+        resident_share=share,
+        prompt_mode=mode,
+        notes=tuple(_notes(index, arena, share, chosen, mode, n_ubatch)),
+    )
+
+
+def headroom_of(budget_bytes: int) -> int:
+    """Memory that is never planned for, bytes: 4 MiB or a 64th of the budget, whichever is more."""
+    return max(4 * MIB, budget_bytes // 64)
+
+
+def _with_headroom(n_bytes: int) -> int:
+    return max(n_bytes + 4 * MIB, -(-n_bytes * 64 // 63)) + page_size()
+
+
+def _page_tables(arena: int) -> int:
+    return -(-arena // 512)
+
+
+def _round_up_mib(n_bytes: int) -> int:
+    return -(-n_bytes // MIB)
+
+
+def _context_sizes(longest: int) -> Iterator[int]:
+    """The model's own context and its halves, down to `SMALLEST_CTX`."""
+    size = max(longest, 1)
+    while size > SMALLEST_CTX:
+        yield size
+        size //= 2
+    yield min(SMALLEST_CTX, max(longest, 1))
+
+
+class _SlabPages:
+    """Pages that experts occupy, rounded as the native store rounds them, bytes.
+
+    A slab that does not start on a page shares its first and last page with its neighbours; counted for itself it
+    may need one page more than its size.
+    """
+
+    def __init__(self, index: ExpertIndex) -> None:
+        page = page_size()
+        self._layers: dict[int, list[tuple[int, int]]] = {}  # for each expert tensor: pages of one slab, of all
+        self._used: dict[int, int] = {}
+        for tensor in index.experts:
+            slab = -(-tensor.slab_bytes // page) * page
+            if tensor.slab_bytes % page or tensor.offset % page:
+                slab += page
+            span = -(-(tensor.offset + tensor.n_bytes) // page) * page - tensor.offset // page * page
+            self._layers.setdefault(tensor.layer, []).append((slab, span))
+            self._used[tensor.layer] = index.n_expert_used[tensor.layer]
+        self.total = sum(span for slabs in self._layers.values() for _, span in slabs)
+        # Twice one token's experts: the next layer's can arrive while this layer's are in use.
+        self.floor = min(2 * self.whole(1), self.total)
+
+    def whole(self, n_ubatch: int) -> int:
+        """Worst case of one layer's experts for a batch, all parts at once."""
+        return max(sum(self._for_batch(layer, n_ubatch)) for layer in self._layers)
+
+    def one_tensor(self, n_ubatch: int) -> int:
+        """Worst case of one expert tensor's share for a batch."""
+        return max(max(self._for_batch(layer, n_ubatch)) for layer in self._layers)
+
+    def _for_batch(self, layer: int, n_ubatch: int) -> Iterator[int]:
+        for slab, span in self._layers[layer]:
+            yield min(n_ubatch * self._used[layer] * slab, span)
+
+
+def _notes(
+    index: ExpertIndex, arena: int, share: float, shape: Footprint, mode: str, n_ubatch: int | None
+) -> Iterator[str]:
+    if share == 1.0:
+        yield "All experts fit: each is read from disk once, on first use."
+    elif arena < index.token_cycle_bytes:
+        yield (
+            f"The arena is smaller than one token cycle ({format_bytes(index.token_cycle_bytes)}, the experts that one"
+            " token uses in all layers): nearly every expert will be read again for every token. More --ram helps a lot."
+        )
+    elif arena < 2 * index.token_cycle_bytes:
+        yield (
+            f"The arena holds less than two token cycles (one is {format_bytes(index.token_cycle_bytes)}): expect many"
+            " misses. A little more --ram helps a lot."
+        )
+    if mode == "per-tensor":
+        yield "A full prompt batch may select more experts than fit: they are then served one expert tensor at a time."
+    if mode == "small-batches":
+        yield (
+            f"n_ubatch is {shape.n_ubatch} instead of {n_ubatch or DEFAULT_UBATCH}: the experts of a wider prompt batch"
+            " would not fit the arena."
+        )
+    elif shape.n_ubatch < min(n_ubatch or DEFAULT_UBATCH, shape.n_ctx):
+        yield f"n_ubatch is {shape.n_ubatch}: wider compute buffers would take memory that experts use better."

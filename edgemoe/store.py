@@ -1,0 +1,186 @@
+"""The Python face of the native expert store: one model's experts, their files and the statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from edgemoe import _native
+from edgemoe.errors import StoreError
+from edgemoe.index import ExpertIndex
+
+IO_MODES = ("auto", "direct", "mmap", "pread")
+
+N_LANES = 8
+"""Threads that read at the same time. They sleep in the kernel, so more than the processors is right."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counters of an `ExpertStore` since it was opened.
+
+    A slab is one expert's share of one tensor (gate, up or down).
+
+    Attributes
+    ----------
+    hits, misses, evictions : int
+        Slabs found in memory, read from disk, dropped for others.
+    bytes_read : int
+        Expert bytes read from disk.
+    dense_bytes : int
+        Bytes of all other tensors read so far.
+    resident_bytes, peak_bytes, arena_bytes : int
+        Memory that experts hold now, held at most, may hold.
+    read_seconds : float
+        Wall time that computation waited for experts.
+    staged_layers : int
+        Times that a layer's experts did not fit at once and were served tensor by tensor.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    bytes_read: int
+    dense_bytes: int
+    resident_bytes: int
+    peak_bytes: int
+    arena_bytes: int
+    read_seconds: float
+    staged_layers: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the slabs asked for that were in memory, 0 to 1 (1 when none was asked for)."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+
+class ExpertStore:
+    """Experts of one model, read on demand into an arena of fixed size.
+
+    Parameters
+    ----------
+    index : ExpertIndex
+        Which bytes of which file belong to which expert.
+    arena_bytes : int
+        Memory for experts.
+    io : str
+        ``direct`` (O_DIRECT), ``mmap``, ``pread``, or ``auto``: direct where a probe on the file shows that it works,
+        else mmap.
+
+    Attributes
+    ----------
+    io, io_reason : str
+        The mode in use and why.
+
+    Raises
+    ------
+    StoreError
+        When a file cannot be opened or does not support the asked mode.
+    """
+
+    def __init__(self, index: ExpertIndex, arena_bytes: int, io: str = "auto") -> None:
+        self.arena_bytes = arena_bytes
+        self.io, self.io_reason = choose_io(index, io)
+        self.n_lanes = N_LANES
+        with _as_store_error():
+            session = _native.Session(self.io, self.n_lanes, arena_bytes)
+            for path in index.files:
+                session.add_file(os.fspath(path))
+            for tensor in index.tensors:
+                session.add_tensor(tensor.name, tensor.file, tensor.offset, tensor.n_bytes)
+            for expert in index.experts:
+                session.add_tensor(
+                    expert.name, expert.file, expert.offset, expert.n_bytes, expert.layer, expert.n_expert
+                )
+        self._session: _native.Session | None = session
+
+    @property
+    def session(self) -> _native.Session:
+        """The native object, for the backend.
+
+        Raises
+        ------
+        StoreError
+            After `close`.
+        """
+        if self._session is None:
+            raise StoreError("the expert store is closed; open the model again")
+        return self._session
+
+    def attach(self, symbols: Mapping[str, int]) -> None:
+        """Connect to the loaded libllama, given the addresses of its functions."""
+        self.session.attach(dict(symbols))
+
+    def raise_failure(self) -> None:
+        """Raise what the native hook could not serve since the last decode began, if anything.
+
+        Raises
+        ------
+        StoreError
+            Names the file and what the system said.
+        """
+        failure = self.session.take_failure()
+        if failure:
+            raise StoreError(f"{failure}; the answer so far is good, the rest was not computed")
+
+    def stats(self) -> StoreStats:
+        """Counters so far; may be called from any thread while the model runs."""
+        session = self.session
+        native = session.stats()
+        return StoreStats(
+            hits=native.hits,
+            misses=native.misses,
+            evictions=native.evictions,
+            bytes_read=native.bytes_read,
+            dense_bytes=native.dense_bytes,
+            resident_bytes=native.resident_bytes,
+            peak_bytes=native.peak_bytes,
+            arena_bytes=self.arena_bytes,
+            read_seconds=native.read_ns / 1e9,
+            staged_layers=session.staged_layers(),
+        )
+
+    def close(self) -> None:
+        """Join the reading threads and close the files. The model that uses the store must be freed before."""
+        self._session = None
+
+    def __enter__(self) -> ExpertStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def choose_io(index: ExpertIndex, io: str) -> tuple[str, str]:
+    """Settle the I/O mode by a probe on each part of the model: ``(mode, reason)``."""
+    if io not in IO_MODES:
+        raise StoreError(f"--io {io} is unknown; give one of {', '.join(IO_MODES)}")
+    if io in ("mmap", "pread"):
+        return io, "asked for"
+    for number, path in enumerate(index.files):
+        offset = next((tensor.offset for tensor in index.experts if tensor.file == number), 0)
+        with _as_store_error():
+            works, why = _native.probe_direct(os.fspath(path), offset)
+        if not works:
+            if io == "direct":
+                raise StoreError(f"--io direct cannot read {path}: {why}; use --io auto")
+            return "mmap", why
+    return "direct", "O_DIRECT reads of the file give its own bytes"
+
+
+class _as_store_error:
+    """Turn the native core's OSError into a StoreError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            raise StoreError(f"{error}; check the file and the disk") from error
