@@ -269,6 +269,8 @@ class Llama(llama_cpp.Llama):
         Context in tokens. None takes what fits the budget, 0 the model's own.
     n_batch, n_ubatch : int, optional
         Logical and physical batch, 512 unless the experts of such a batch do not fit.
+    on_plan : callable, optional
+        ``on_plan(plan)`` before anything is loaded.
     on_progress : callable, optional
         ``on_progress(done, total)`` in bytes, from another thread, while the dense weights load.
     **kwargs
@@ -295,6 +297,7 @@ class Llama(llama_cpp.Llama):
         n_ctx: int | None = None,
         n_batch: int = 512,
         n_ubatch: int | None = None,
+        on_plan: Callable[[ExpertPlan], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -308,6 +311,8 @@ class Llama(llama_cpp.Llama):
         if n_ctx == 0:
             n_ctx = self.index.context_length
         self.plan = _plan(self.index, ram, n_ctx, min(n_ubatch or n_batch, n_batch), kwargs)
+        if on_plan is not None:
+            on_plan(self.plan)
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io)
         kwargs.setdefault("verbose", False)
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.

@@ -7,6 +7,7 @@
      |   |- NotMoEError             a dense model: plain llama.cpp runs it
      |   |- UnknownArchitectureError  an architecture the pinned llama.cpp does not load
      |- BudgetError                 --ram cannot be read, is absurd, or is too small (``needed`` would do)
+     |- PromptError                 the prompt is longer than the context, or the chat template refuses it
      |- StoreError                  the disk failed, or the file changed, while experts were being read
      |- BackendError                llama-cpp-python is missing, of another version, or refused the model
      |- UnsupportedPlatformError    this operating system or machine is not supported
@@ -20,6 +21,7 @@ __all__ = [
     "EdgemoeError",
     "ModelFileError",
     "NotMoEError",
+    "PromptError",
     "StoreError",
     "UnknownArchitectureError",
     "UnsupportedPlatformError",
@@ -56,6 +58,10 @@ class BudgetError(EdgemoeError):
     def __init__(self, message: str, needed: int | None = None) -> None:
         super().__init__(message)
         self.needed = needed
+
+
+class PromptError(EdgemoeError):
+    """The prompt or conversation cannot be evaluated: longer than the context, or refused by the chat template."""
 
 
 class StoreError(EdgemoeError):
