@@ -1,7 +1,8 @@
 // Who has to leave when the arena is full: the one seam for a better policy.
 //
 // Entries are numbered 0 .. n-1 (one per layer and expert). The store reports every use with `touch` and asks for
-// victims in order, oldest first. Least recently used, as a doubly linked list over arrays: no allocation after `resize`.
+// victims in order, oldest first. Least recently used, as a doubly linked list over arrays: no allocation after
+// `resize`.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
 // The ggml buffer type through which llama.cpp's own loader puts a model into the expert store.
 //
-// `alloc_buffer` only reserves address space. `init_tensor` is called for each tensor before any data is loaded: an expert
-// tensor is moved to the address congruent with its file offset and left empty; any other tensor is read at once, past
-// the page cache. Both are given another name until `restore_names`, because the loader skips what it cannot find in the
-// file. Tensors that are not in the file at all (LoRA adapters) are ordinary memory.
+// `alloc_buffer` only reserves address space. `init_tensor` is called for each tensor before any data is loaded: an
+// expert tensor is moved to the address congruent with its file offset and left empty; any other tensor is read at
+// once, past the page cache. Both are given another name until `restore_names`, because the loader skips what it cannot
+// find in the file. Tensors that are not in the file at all (LoRA adapters) are ordinary memory.
 #pragma once
 
 #include <string>

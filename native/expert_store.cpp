@@ -150,8 +150,8 @@ void ExpertStore::read_dense(int id, std::byte* to) {
     const uint64_t whole = direct ? page_ceil(needed) : needed;
     for (uint64_t at = 0; at < whole; at += kReadPiece) {
         const uint64_t n = std::min<uint64_t>(kReadPiece, whole - at);
-        jobs_.push_back({&file, start + at, to - slack + at, n, std::min(n, needed - at),
-                         direct ? Io::direct : Io::pread});
+        jobs_.push_back(
+            {&file, start + at, to - slack + at, n, std::min(n, needed - at), direct ? Io::direct : Io::pread});
     }
     lanes_.run(jobs_);
     dense_bytes_ += spec.n_bytes;
@@ -349,7 +349,8 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
     std::byte* base = as_pointer<std::byte>(pages.first);
     if (io_ == Io::mmap) {
         const MappedFile& file = *files_[tensor.spec.file];
-        const auto offset = page_floor(tensor.spec.offset) + (pages.first - page_floor(reinterpret_cast<uintptr_t>(tensor.data)));
+        const auto offset =
+            page_floor(tensor.spec.offset) + (pages.first - page_floor(reinterpret_cast<uintptr_t>(tensor.data)));
         file.map_over(base, offset, pages.bytes());
         file.forget(offset, pages.bytes());
     } else {

@@ -71,7 +71,7 @@ class ExpertStore {
     // `region` starts anywhere and has `place_size(id)` bytes; returns where the tensor's first byte is.
     uint64_t place_size(int id) const;
     std::byte* place(int id, std::byte* region);
-    void read_dense(int id, std::byte* to);  // blocking; for tensors that are not experts
+    void read_dense(int id, std::byte* to);                             // blocking; for tensors that are not experts
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
 
     // -------- serve

@@ -4,13 +4,14 @@
 #error "edgemoe runs on Linux and macOS; on Windows use it inside WSL 2"
 #endif
 
-#include <cerrno>
-#include <csignal>
-#include <cstring>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstring>
 #include <utility>
 
 namespace edgemoe {
@@ -65,7 +66,7 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
     if (fd_ < 0) {
         throw SystemError(describe(path_, "opening"));
     }
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd_, &info) != 0) {
         const std::string message = describe(path_, "examining");
         ::close(fd_);
@@ -122,7 +123,7 @@ void MappedFile::map_over(std::byte* place, uint64_t offset, size_t n) const {
 }
 
 void MappedFile::check_unchanged() const {
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd_, &info) != 0) {
         throw SystemError(describe(path_, "examining"));
     }
@@ -231,7 +232,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
 void BusErrorGuard::watch(std::byte* base, size_t n) {
     if (!handler_installed.exchange(true)) {
         page_size();  // its static must exist before a signal needs it
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_sigaction = on_bus_error;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
         ::sigemptyset(&action.sa_mask);

@@ -39,8 +39,8 @@ class MappedFile {
     // Reads exactly n bytes through the page cache.
     void read(uint64_t offset, std::byte* to, size_t n) const;
 
-    // Reads past the page cache. `offset`, `to` and `n` are multiples of the page size; the last page may lie beyond the
-    // end of the file, but at least `needed` bytes must arrive.
+    // Reads past the page cache. `offset`, `to` and `n` are multiples of the page size; the last page may lie beyond
+    // the end of the file, but at least `needed` bytes must arrive.
     void read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const;
 
     // Maps the file's pages [offset, offset + n) read-only over `place`, replacing what was there. Nothing is read yet;

@@ -90,7 +90,8 @@ NB_MODULE(_native, m) {
 
     nb::class_<Session>(m, "Session")
         .def(nb::init<const std::string&, int, uint64_t>(), "io"_a, "n_lanes"_a, "arena_bytes"_a)
-        .def("add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)
+        .def(
+            "add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)
         .def(
             "add_tensor",
             [](Session& s, std::string name, int file, uint64_t offset, uint64_t n_bytes, int layer, int n_expert) {
@@ -131,9 +132,7 @@ NB_MODULE(_native, m) {
             return std::make_tuple(sum.model, sum.context, sum.compute);
         },
         "symbols"_a, "llama_context"_a);
-    m.def(
-        "forget_file",
-        [](const std::string& path) { edgemoe::MappedFile(path).forget(0, 0); }, "path"_a);
+    m.def("forget_file", [](const std::string& path) { edgemoe::MappedFile(path).forget(0, 0); }, "path"_a);
 
     nb::register_exception_translator([](const std::exception_ptr& error, void*) {
         try {

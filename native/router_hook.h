@@ -1,9 +1,9 @@
 // The native eval callback: it reads which experts the router selected and has them in memory before they are used.
 //
-// llama.cpp calls it for every node of the graph (llama_context_params.cb_eval). A layer's node `ffn_moe_topk-<layer>` holds
-// the selected ids; the computation stops there for a moment. Usually all the selected experts' slabs are then acquired
-// at once. When a prompt batch selects more than the arena holds, the hook instead steps node by node and acquires each
-// expert tensor's share right before the MUL_MAT_ID that needs it.
+// llama.cpp calls it for every node of the graph (llama_context_params.cb_eval). A layer's node `ffn_moe_topk-<layer>`
+// holds the selected ids; the computation stops there for a moment. Usually all the selected experts' slabs are then
+// acquired at once. When a prompt batch selects more than the arena holds, the hook instead steps node by node and
+// acquires each expert tensor's share right before the MUL_MAT_ID that needs it.
 //
 // A failure aborts the graph and is kept for `take_failure`: the caller must ask after each llama_decode.
 #pragma once
