@@ -1,0 +1,61 @@
+"""The promise of the project: at every budget the logits are those of plain llama.cpp, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plain_llama import TINY_MOE, arena_share, greedy, logits, plain_llama
+from tiny_models import EXPERT_TYPES, TINY_ARCHITECTURES, WIDE, write_tiny_model
+
+from edgemoe.backend import Llama
+
+SHARES = {"everything": 1.0, "half": 0.5, "quarter": 0.25, "floor": 0.0}
+N_DECODED = 200
+# One thread: two of them wait for each other at every node, which on a busy machine costs more than it gains.
+SETTINGS = {"n_ctx": 320, "n_threads": 1, "n_threads_batch": 1, "seed": 1}
+
+
+def assert_same_logits(path: Path, share: float, n_decoded: int, io: str = "auto", prompt_length: int = 96) -> None:
+    with arena_share(share), Llama(str(path), io=io, **SETTINGS) as ours:
+        n_ubatch = ours.plan.n_ubatch
+        generator = np.random.default_rng(3)
+        prompt = generator.integers(4, ours.n_vocab(), prompt_length).tolist()
+        plain = plain_llama(path, n_ubatch=n_ubatch, **SETTINGS)
+        answer = greedy(plain, prompt, n_decoded)
+        expected = logits(plain, prompt, answer)
+        plain.close()
+        found = logits(ours, prompt, answer)
+        stats = ours.store.stats()
+    assert np.isfinite(expected).all()
+    assert float(np.abs(found - expected).max()) == 0.0
+    assert expected.std() > 1e-3, "a model whose logits are all alike proves nothing"
+    assert stats.peak_bytes <= stats.arena_bytes
+    if share < 1.0:
+        assert stats.evictions > 0
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES.keys())
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_every_architecture_at_every_budget(architecture: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / f"{architecture}.gguf"
+    write_tiny_model(path, architecture)
+    assert_same_logits(path, share, N_DECODED)
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES.keys())
+def test_trained_model_at_every_budget(share: float) -> None:
+    assert_same_logits(TINY_MOE, share, N_DECODED)
+
+
+@pytest.mark.parametrize("io", ["direct", "mmap", "pread"])
+def test_every_io_mode(io: str) -> None:
+    assert_same_logits(TINY_MOE, 0.25, 64, io=io)
+
+
+@pytest.mark.parametrize("expert_type", EXPERT_TYPES)
+def test_every_quantization_type(expert_type: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{expert_type}.gguf"
+    write_tiny_model(path, "qwen3moe", expert_type=expert_type, **WIDE)
+    assert_same_logits(path, 0.5, 16, prompt_length=24)
