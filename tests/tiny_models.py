@@ -16,8 +16,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
-
-from tiny_architectures import DIMENSIONS, KEYS, TINY_ARCHITECTURES, Axis, Key, TinyArchitecture
+from tiny_architectures import DIMENSIONS, KEYS, TINY_ARCHITECTURES, Key, TinyArchitecture
+from tiny_blocks import Axis, Tensors, layer
 
 Floats = npt.NDArray[np.float32]
 
@@ -32,6 +32,7 @@ EXPERT_TYPES: Mapping[str, int] = {
 }  # fmt: skip
 
 # K-, I- and T-quants come in blocks of 256 along a row: dimensions for which every expert type fits.
+# (Four experts are too few for deepseek2 and bailingmoe2, which choose among four groups first.)
 WIDE: Mapping[str, int] = {"embd": 256, "head_dim": 64, "ff": 256, "ff_exp": 256, "expert": 4, "used": 2}
 
 EXPERT_TENSOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight$")
@@ -44,7 +45,7 @@ _DRAWS: tuple[tuple[str, Callable[[Floats], Floats]], ...] = (
     (r"rope_f", lambda noise: 1 + noise**2),
     (r"\.bias|exp_probs_b|sinks", lambda noise: 0.1 * noise),
 )
-_GAINS = {"token_embd.weight": 4.0, "output.weight": 4.0, "ffn_gate_inp.weight": 2.0}
+_GAINS = {"token_embd.weight": 8.0, "output.weight": 4.0, "ffn_gate_inp.weight": 2.0}
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -72,7 +73,7 @@ def write_tiny_model(
     seed
         Another seed gives other weights.
     expert_type
-        Key of `EXPERT_TYPES` for the expert tensors; all others are float32. Default: the architecture's usual one.
+        Key of `EXPERT_TYPES` for the expert tensors; all others are float32. Default: the architecture's own.
     split
         Largest number of tensors in one file. Default: a single file.
     dimensions
@@ -84,13 +85,15 @@ def write_tiny_model(
     writer.add_name(f"tiny {name}")
     writer.add_block_count(len(tiny.layers))
     for key, value in {**KEYS, **tiny.keys}.items():
-        _add_key(writer, f"{name}.{key}", _size(value, sizes) if isinstance(value, str) else value)
+        _add_key(writer, f"{name}.{key}", value, sizes)
     _add_tokenizer(writer, _size("vocab", sizes))
     for tensor, axes in _named_tensors(tiny).items():
         shape = tuple(_size(axis, sizes) for axis in axes)
         weights = _weights(f"{name}/{tensor}", shape, seed)
         if EXPERT_TENSOR.search(tensor):
             _add_quantized(writer, tensor, weights, expert_type or tiny.expert_type)
+        elif tensor.endswith("tid2eid.weight"):
+            writer.add_tensor(tensor, _experts_by_token(shape, _size("expert", sizes), seed))
         else:
             writer.add_tensor(tensor, weights)
     writer.write_header_to_file()
@@ -100,8 +103,10 @@ def write_tiny_model(
     return [path] if split is None else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
 
 
-def _named_tensors(tiny: TinyArchitecture) -> dict[str, tuple[Axis, ...]]:
-    blocks = {f"blk.{i}.{name}": axes for i, layer in enumerate(tiny.layers) for name, axes in layer.items()}
+def _named_tensors(tiny: TinyArchitecture) -> Tensors:
+    blocks = {
+        f"blk.{i}.{name}": axes for i, parts in enumerate(tiny.layers) for name, axes in layer(parts).items()
+    }
     return tiny.output | blocks
 
 
@@ -124,7 +129,15 @@ def _weights(name: str, shape: tuple[int, ...], seed: int) -> Floats:
     return (noise * gain / np.sqrt(shape[0])).astype(np.float32)
 
 
-def _add_key(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
+def _experts_by_token(shape: tuple[int, ...], n_expert: int, seed: int) -> npt.NDArray[np.int32]:
+    """DeepSeek V4's table of routes: different experts for each token, (n_vocab, n_expert_used)."""
+    n_used, n_vocab = shape
+    return (
+        np.random.default_rng(seed).random((n_vocab, n_expert)).argsort(axis=1)[:, :n_used].astype(np.int32)
+    )
+
+
+def _add_key(writer: gguf.GGUFWriter, key: str, value: Key, sizes: Mapping[str, Axis]) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)
@@ -132,8 +145,10 @@ def _add_key(writer: gguf.GGUFWriter, key: str, value: Key) -> None:
             writer.add_uint32(key, value)
         case float():
             writer.add_float32(key, value)
+        case str():
+            writer.add_uint32(key, _size(value, sizes))
         case list():
-            writer.add_array(key, value)
+            writer.add_array(key, [_size(item, sizes) if isinstance(item, str) else item for item in value])
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
