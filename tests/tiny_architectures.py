@@ -39,8 +39,8 @@ KEYS: Keys = {
 class TinyArchitecture:
     """What `write_tiny_model` needs to know of one architecture.
 
-    `layers` names the parts (`tiny_blocks.BLOCKS`) of each layer, `keys` and `dimensions` are changes to `KEYS`
-    and `DIMENSIONS`, `output` holds the tensors outside the layers, `expert_type` is the experts' usual type.
+    `layers` names the parts of each layer (see `tiny_blocks`), `keys` and `dimensions` are changes to `KEYS` and
+    `DIMENSIONS`, `output` holds the tensors outside the layers, `expert_type` is the experts' usual type.
     """
 
     layers: list[str]

@@ -1,8 +1,8 @@
 """The parts that MoE models are made of: tensors of attention, feed-forward and state-space blocks.
 
 Names are those of llama.cpp (`llama-arch.cpp`), without the `blk.<i>.` prefix. Shapes are in ggml order
-(`ne[0]` first) and written with the names of dimensions, so that `embd` or `ff_exp` can be changed for a whole
-model at once.
+(`ne[0]` first) and written with the names of dimensions, so that `embd` or `ff_exp` can be changed for a
+whole model at once.
 """
 
 from __future__ import annotations

@@ -124,9 +124,9 @@ def _weights(name: str, shape: tuple[int, ...], seed: int) -> Floats:
     noise = rng.standard_normal(shape[::-1], dtype=np.float32)
     for pattern, draw in _DRAWS:
         if re.search(pattern, name):
-            return draw(noise).astype(np.float32)
+            return np.asarray(draw(noise), dtype=np.float32)
     gain = next((gain for end, gain in _GAINS.items() if name.endswith(end)), 1.0)
-    return (noise * gain / np.sqrt(shape[0])).astype(np.float32)
+    return np.asarray(noise * gain / np.sqrt(shape[0]), dtype=np.float32)
 
 
 def _experts_by_token(shape: tuple[int, ...], n_expert: int, seed: int) -> npt.NDArray[np.int32]:
@@ -179,6 +179,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
 def _ggml() -> ctypes.CDLL:
     from llama_cpp._ggml import libggml
 
+    assert isinstance(libggml, ctypes.CDLL)
     libggml.ggml_row_size.restype = ctypes.c_size_t
     libggml.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
     libggml.ggml_blck_size.restype = ctypes.c_int64
