@@ -39,7 +39,7 @@ KEYS: Keys = {
 class TinyArchitecture:
     """What `write_tiny_model` needs to know of one architecture.
 
-    `layers` names the parts of each layer (see `tiny_blocks`), `keys` and `dimensions` are changes to `KEYS` and
+    `layers` names the parts of each layer (see `tiny_blocks`), `keys` and `dimensions` change `KEYS` and
     `DIMENSIONS`, `output` holds the tensors outside the layers, `expert_type` is the experts' usual type.
     """
 
