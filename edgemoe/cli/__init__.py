@@ -1,0 +1,82 @@
+"""The ``edgemoe`` command: one file per verb, imported only when that verb is invoked."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+from typing import Any
+
+import click
+
+from edgemoe.errors import EdgemoeError
+
+__all__ = ["main"]
+
+VERBS = {
+    "inspect": "Show what is in a model: layers, experts, sizes.",
+    "plan": "Show where every byte of a RAM budget would go.",
+    "run": "Answer one prompt.",
+    "chat": "Talk with a model.",
+}
+"""Verb -> its line in the help, written here so that the help imports no verb."""
+
+INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """A group that finds a verb's command in the module of the same name, and reports errors as one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"edgemoe.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgemoeError as error:
+            click.echo(f"edgemoe: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except OSError as error:
+            # A closed pipe is click's business: it ends quietly.
+            if error.errno == errno.EPIPE:
+                raise
+            click.echo(f"edgemoe: {error}; check the disk and the file's permissions", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgemoe", message="%(prog)s %(version)s")
+def main() -> None:
+    """Run Mixture-of-Experts GGUF models inside the RAM you give them.
+
+    Look at a model, and at what a budget would buy:
+
+    \b
+        edgemoe inspect model.gguf
+        edgemoe plan model.gguf --ram 6GiB
+
+    Ask one question; the answer alone goes to standard output:
+
+    \b
+        edgemoe run model.gguf --ram 6GiB "Why is the sky blue?"
+        edgemoe run model.gguf --ram 50% < question.txt > answer.txt
+
+    Talk with it (Ctrl-C stops an answer, Ctrl-D leaves):
+
+    \b
+        edgemoe chat model.gguf --ram 6GiB
+
+    --ram bounds the whole process: weights, caches, buffers and Python. Leave
+    it out to use the memory that is free now.
+    """

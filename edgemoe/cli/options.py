@@ -1,0 +1,189 @@
+"""The flags that verbs share: each declared once, and `ModelOptions`, what they say together."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgemoe.chat import Sampling
+from edgemoe.errors import PromptError
+
+if TYPE_CHECKING:
+    from edgemoe.backend import Llama
+    from edgemoe.plan import ExpertPlan
+
+
+
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.", ctx, param)
+    return value
+
+
+MODEL = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
+RAM = click.option(
+    "--ram",
+    metavar="SIZE",
+    default="auto",
+    show_default=True,
+    help="Memory for the whole process: 6GiB, 800MB, 50% of RAM, or auto (what is free now, less a reserve).",
+)
+CTX = click.option(
+    "--ctx", metavar="N", type=click.IntRange(min=1), help="Context in tokens.  [default: what fits --ram]"
+)
+UBATCH = click.option(
+    "--ubatch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Prompt tokens evaluated at once.  [default: up to 512, what fits --ram]",
+)
+JSON = click.option("--json", is_flag=True, help="Print JSON on standard output.")
+
+_SHARED = (
+    RAM,
+    CTX,
+    click.option(
+        "--threads", metavar="N", type=click.IntRange(min=1), help="Compute threads.  [default: physical cores]"
+    ),
+    UBATCH,
+    click.option(
+        "--io",
+        type=click.Choice(["auto", "direct", "mmap", "pread"]),
+        default="auto",
+        show_default=True,
+        help="How experts are read from disk; auto tries direct on the file.",
+    ),
+    click.option(
+        "--max-tokens",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Longest answer in tokens.  [default: until the model ends it or the context is full]",
+    ),
+    click.option(
+        "--temp",
+        metavar="T",
+        type=click.FloatRange(min=0),
+        callback=_finite,
+        default=0.8,
+        show_default=True,
+        help="Temperature; 0 always takes the likeliest token.",
+    ),
+    click.option(
+        "--seed", metavar="N", type=click.IntRange(0, 2**32 - 1), help="Random seed.  [default: a new one each time]"
+    ),
+    click.option("--quiet", is_flag=True, help="Print nothing but the answer, and errors."),
+    JSON,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What the shared flags say; None leaves a choice to the plan.
+
+    Attributes
+    ----------
+    ram : str
+        Budget as the user wrote it.
+    ctx, threads, ubatch, max_tokens : int or None
+        Tokens; threads.
+    io : str
+        ``auto``, ``direct``, ``mmap`` or ``pread``.
+    temp : float
+        Sampling temperature.
+    seed : int or None
+        Random seed.
+    quiet, json : bool
+        What to print.
+    """
+
+    ram: str
+    ctx: int | None
+    threads: int | None
+    ubatch: int | None
+    io: str
+    max_tokens: int | None
+    temp: float
+    seed: int | None
+    quiet: bool
+    json: bool
+
+    def sampling(self) -> Sampling:
+        """How to draw answers, with a fresh seed when none was given."""
+        seed = random.getrandbits(32) if self.seed is None else self.seed
+        return Sampling(self.max_tokens, self.temp, seed)
+
+    def open(
+        self,
+        model: Path,
+        on_plan: Callable[[ExpertPlan], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Llama:
+        """Load a model as the flags ask.
+
+        Raises
+        ------
+        EdgemoeError
+            Whatever keeps the model from loading.
+        """
+        from edgemoe.backend import Llama
+
+        threads = self.threads or default_threads()
+        return Llama(
+            str(model),
+            ram=self.ram,
+            io=self.io,
+            n_ctx=self.ctx,
+            n_batch=max(512, self.ubatch or 0),
+            n_ubatch=self.ubatch,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,
+            on_plan=on_plan,
+            on_progress=on_progress,
+        )
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a verb the shared flags, passed as one argument ``options``."""
+
+    @functools.wraps(command)
+    def with_options(**arguments: Any) -> Any:
+        options = ModelOptions(**{field.name: arguments.pop(field.name) for field in fields(ModelOptions)})
+        return command(options=options, **arguments)
+
+    for option in reversed(_SHARED):
+        with_options = option(with_options)
+    return with_options
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: two busy threads on one core only wait for each other."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return min(cores, allowed)
+
+
+def utf8(data: bytes, source: str) -> str:
+    """Read text that the user gave.
+
+    Raises
+    ------
+    PromptError
+        When it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{source} is not UTF-8 text (byte {data[error.start]:#04x} at {error.start}); convert it first"
+        ) from error

@@ -1,0 +1,68 @@
+"""``edgemoe run``: one prompt, one answer on standard output."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from edgemoe.chat import ChatSession, complete
+from edgemoe.cli import options
+from edgemoe.cli.options import ModelOptions, utf8
+from edgemoe.errors import PromptError
+
+
+@click.command("run")
+@options.MODEL
+@click.argument("prompt", required=False)
+@options.model_options
+def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
+    """Answer one prompt.
+
+    PROMPT is read from standard input when it is "-" or left out. It is put through the model's chat template; a model
+    that has none continues the text. The answer goes to standard output; the plan before it and the measurements
+    after it go to standard error.
+    """
+    from edgemoe.cli import ui
+
+    text = _prompt(prompt)
+    talking = not (options.quiet or options.json)
+    sampling = options.sampling()
+    with ui.Loading(shown=not options.quiet) as loading:
+        llama = options.open(
+            model,
+            on_plan=lambda plan: ui.show(ui.err(), *ui.plan_parts(plan), "") if talking else None,
+            on_progress=loading.progress,
+        )
+    with llama:
+        if llama.index.has_chat_template:
+            answer = ChatSession(llama, sampling).ask(text)
+        else:
+            answer = complete(llama, text, sampling)
+        try:
+            if options.json:
+                for _ in answer:
+                    pass
+            else:
+                ui.stream(answer)
+        finally:
+            if options.json:
+                document = ui.answer_document(llama, answer, sampling.seed)
+                ui.show_json({**document, "plan": ui.plan_document(llama.plan)})
+            elif talking:
+                ui.show(ui.err(), "", ui.statistics(llama, answer, sampling.seed))
+
+
+def _prompt(argument: str | None) -> str:
+    """Take the prompt from the command line, else from standard input."""
+    if argument is not None and argument != "-":
+        text = utf8(os.fsencode(argument), "the prompt")
+    elif sys.stdin.isatty():
+        raise PromptError('there is no prompt; give it as an argument ("...") or on standard input')
+    else:
+        text = utf8(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
+    if not text.strip():
+        raise PromptError("the prompt is empty; give it as an argument or on standard input")
+    return text

@@ -1,0 +1,300 @@
+"""All looks of the command line: consoles, tables, the load progress bar and the status line.
+
+Standard output carries what a verb exists for; everything else goes to standard error. Where a stream is not a
+terminal it gets plain text: no colours, no bars, no control characters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from edgemoe.memory import current_rss, format_bytes, peak_rss
+
+if TYPE_CHECKING:
+    from edgemoe.backend import Llama
+    from edgemoe.chat import Answer
+    from edgemoe.plan import ExpertPlan
+
+PLAIN_WIDTH = 1000
+"""Columns where there is no terminal: lines are not broken, so that grep finds whole ones."""
+
+PROMPT_MODES = {
+    "whole": "all experts of a batch fit at once",
+    "per-tensor": "experts of a batch are served one tensor at a time",
+    "small-batches": "as wide as the experts of a batch allow",
+}
+
+
+def out() -> Console:
+    """Give the console on standard output."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """Give the console on standard error."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(
+        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else PLAIN_WIDTH
+    )
+
+
+def show(console: Console, *parts: RenderableType) -> None:
+    """Print parts with an empty line between them."""
+    with console.capture() as capture:
+        for number, part in enumerate(parts):
+            if number:
+                console.print()
+            console.print(part)
+    text = capture.get()
+    if not console.is_terminal:
+        # Tables pad their last column.
+        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    console.file.write(text)
+    console.file.flush()
+
+
+def show_json(document: dict[str, Any], indent: int | None = 2) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=indent) + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print a remark on standard error."""
+    show(err(), Text(text, style="dim"))
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Lay out names and what there is to say of them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def inspection(model: dict[str, Any]) -> Iterator[RenderableType]:
+    """Lay out what `edgemoe.index.describe` says of a model."""
+    layers, dense = model["moe_layers"], model["n_layer"] - len(model["moe_layers"])
+    used = model["n_expert_used"]
+    top_k = str(used) if isinstance(used, int) else f"{min(used)} to {max(used)}"
+    one = model["one_expert_bytes"]
+    size = format_bytes(one["min"])
+    if one["max"] != one["min"]:
+        size += f" to {format_bytes(one['max'])}, by layer"
+    rows = [
+        ("model", model["name"]),
+        ("architecture", model["architecture"]),
+        ("quantization", model["quantization"]),
+        ("context", f"{model['context_length']:,} tokens"),
+        ("layers", f"{model['n_layer']}, {len(layers)} with experts" + (f", {dense} dense" if dense else "")),
+        ("experts", f"{model['n_expert']} in each layer, top-{top_k} for each token"),
+        ("shared experts", str(model["n_expert_shared"] or "none")),
+        (
+            "expert groups",
+            f"{model['n_expert_group']}, {model['n_group_used']} for each token"
+            if model["n_expert_group"] > 1
+            else "none",
+        ),
+    ]
+    sizes = [
+        ("file", format_bytes(model["file_bytes"])),
+        ("dense weights", f"{format_bytes(model['dense_bytes'])} ({_types(model['types']['dense'])})"),
+        ("experts", f"{format_bytes(model['expert_bytes'])} ({_types(model['types']['experts'])})"),
+        ("one expert", size),
+        ("one token", f"{format_bytes(model['token_cycle_bytes'])} of experts, all layers together"),
+        (
+            "page alignment",
+            f"{model['aligned_slabs']:.0%} of the experts' parts start on a page of {model['page_size']:,} bytes",
+        ),
+    ]
+    yield facts(rows)
+    yield facts(sizes)
+    if len(model["files"]) > 1:
+        yield facts(("part", path) for path in model["files"])
+    if model["skipped_tensors"]:
+        yield Text(f"{len(model['skipped_tensors'])} tensors of prediction layers are in the file; llama.cpp skips them.")
+
+
+def _types(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def plan_parts(plan: ExpertPlan) -> Iterator[RenderableType]:
+    """Lay out a plan: where every byte goes, what follows from it, and what to know."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(style="dim")
+    for line in plan.lines:
+        table.add_row(Text(line.name), format_bytes(line.bytes), Text(line.why))
+    table.add_row(Text("total"), format_bytes(plan.budget.bytes), Text(plan.budget.reason))
+    yield table
+    yield facts(
+        [
+            ("context", f"{plan.n_ctx:,} tokens"),
+            ("prompt batch", f"{plan.n_ubatch:,} tokens, {PROMPT_MODES[plan.prompt_mode]}"),
+            ("smallest --ram", f"{-(-plan.floor_budget // 2**20)}MiB at this context"),
+        ]
+    )
+    for text in plan.notes:
+        yield Text(text)
+
+
+def statistics(llama: Llama, answer: Answer, seed: int) -> Table:
+    """Lay out what an answer took, measured."""
+    store = llama.store
+    assert store is not None, "the model is open"
+    generation = f"{answer.tokens:,} tokens{_rate(answer.generation_rate)}"
+    if answer.finish_reason == "interrupted":
+        generation += ", interrupted"
+    prompt = f"{answer.prompt_tokens:,} tokens{_rate(answer.prompt_rate)}"
+    if answer.reused_tokens:
+        prompt += f", {answer.reused_tokens:,} of them reused"
+    read = f"{format_bytes(answer.prompt_bytes)} for the prompt"
+    if answer.bytes_per_token is not None:
+        read += f", then {format_bytes(round(answer.bytes_per_token))} for each token"
+    return facts(
+        [
+            ("peak memory", f"{format_bytes(peak_rss())} of {format_bytes(llama.plan.budget.bytes)}"),
+            ("hit rate", _percent(answer.hit_rate) + f" of {answer.hits + answer.misses:,} expert parts"),
+            ("prompt", prompt),
+            ("generation", generation),
+            ("read", read),
+            ("io", f"{store.io}: {store.io_reason}"),
+            ("seed", str(seed)),
+        ]
+    )
+
+
+def status_line(llama: Llama, answer: Answer) -> str:
+    """Sum up an answer in one line."""
+    return ", ".join(
+        [
+            f"{answer.tokens:,} tokens{_rate(answer.generation_rate)}",
+            f"hit rate {_percent(answer.hit_rate)}",
+            f"RAM {format_bytes(current_rss())} of {format_bytes(llama.plan.budget.bytes)}"
+            f" (peak {format_bytes(peak_rss())})",
+        ]
+    )
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "" if tokens_per_second is None else f", {tokens_per_second:.1f} tok/s"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def plan_document(plan: ExpertPlan) -> dict[str, Any]:
+    """Give a plan as JSON types."""
+    return asdict(plan)
+
+
+def answer_document(llama: Llama, answer: Answer, seed: int) -> dict[str, Any]:
+    """Give an answer and what it took as JSON types: tokens, seconds, bytes, shares from 0 to 1."""
+    store = llama.store
+    assert store is not None, "the model is open"
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "timings": {
+            "prompt_tokens": answer.prompt_tokens,
+            "reused_tokens": answer.reused_tokens,
+            "prompt_seconds": answer.prompt_seconds,
+            "prompt_tokens_per_second": answer.prompt_rate,
+            "generated_tokens": answer.tokens,
+            "generation_seconds": answer.generation_seconds,
+            "generated_tokens_per_second": answer.generation_rate,
+        },
+        "stats": {
+            "hits": answer.hits,
+            "misses": answer.misses,
+            "hit_rate": answer.hit_rate,
+            "prompt_bytes_read": answer.prompt_bytes,
+            "generation_bytes_read": answer.generation_bytes,
+            "bytes_read_per_token": answer.bytes_per_token,
+            "rss_bytes": current_rss(),
+            "peak_rss_bytes": peak_rss(),
+            "budget_bytes": llama.plan.budget.bytes,
+            "io": store.io,
+            "io_reason": store.io_reason,
+            "seed": seed,
+        },
+    }
+
+
+def stream(answer: Answer) -> None:
+    """Print an answer on standard output as it comes, and end its last line."""
+    terminal = sys.stdout.isatty()
+    end = ""
+    try:
+        with contextlib.closing(iter(answer)) as pieces:
+            for piece in pieces:
+                # A model may say escape sequences: a terminal would obey them.
+                text = "".join(filter(_is_text, piece)) if terminal else piece
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                end = text[-1:] or end
+    finally:
+        if end != "\n":
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _is_text(character: str) -> bool:
+    return character in "\n\t" or not (character < " " or "\x7f" <= character < "\xa0")
+
+
+class Loading:
+    """The load progress bar, on standard error while a terminal is there.
+
+    Parameters
+    ----------
+    shown : bool
+        Whether to show anything at all.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        console = err()
+        self._bar = Progress(
+            TextColumn("loading dense weights"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            console=console,
+            transient=True,
+            disable=not (shown and console.is_terminal and not console.is_dumb_terminal),
+        )
+        self._task: TaskID | None = None
+
+    def progress(self, done: int, total: int) -> None:
+        """Take the bytes loaded so far; may be called from any thread."""
+        if self._task is None:
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done)
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
