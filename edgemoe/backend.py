@@ -22,7 +22,7 @@ from edgemoe import _native
 from edgemoe.errors import BackendError, EdgemoeError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import current_rss, parse_budget
-from edgemoe.plan import ExpertPlan, Footprint, make_plan
+from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, make_plan
 from edgemoe.store import ExpertStore
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -310,7 +310,10 @@ class Llama(llama_cpp.Llama):
         self.index = read_index(Path(model_path))
         if n_ctx == 0:
             n_ctx = self.index.context_length
-        self.plan = _plan(self.index, ram, n_ctx, min(n_ubatch or n_batch, n_batch), kwargs)
+        # An n_ubatch that nobody asked for is the plan's to choose, within n_batch.
+        if n_ubatch is not None or n_batch < DEFAULT_UBATCH:
+            n_ubatch = min(n_ubatch or n_batch, n_batch)
+        self.plan = _plan(self.index, ram, n_ctx, n_ubatch, kwargs)
         if on_plan is not None:
             on_plan(self.plan)
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io)
