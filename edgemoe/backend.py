@@ -52,6 +52,7 @@ from llama_cpp import llama_cpp as C  # noqa: E402, N812
 _EVERY_TENSOR = b"."
 _BUILDING = threading.Lock()
 _GROWTH = 8 << 20
+_LOG_LEVEL_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
 _BYTES_PER_TOKEN_OF_VOCABULARY = 64
 
 
@@ -96,7 +97,7 @@ def _log_errors(verbose: bool) -> Iterator[list[str]]:
         line = text.decode("utf-8", "replace")
         if verbose:
             print(line, end="", file=sys.stderr, flush=True)
-        if level == 3:  # GGML_LOG_LEVEL_ERROR
+        if level == _LOG_LEVEL_ERROR:
             errors.append(line.strip())
 
     callback = C.llama_log_callback(note)

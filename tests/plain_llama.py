@@ -46,7 +46,9 @@ def arena_share(share: float) -> Iterator[None]:
 
     def plan(index: Any, _: Budget, footprint: Any, process: int, *shape: Any) -> ExpertPlan:
         def at(n_bytes: int) -> ExpertPlan:
-            return make_plan(index, Budget(n_bytes, f"{share:.0%} of the experts"), footprint, process, *shape)
+            return make_plan(
+                index, Budget(n_bytes, f"{share:.0%} of the experts"), footprint, process, *shape
+            )
 
         with_everything = at(1 << 36)
         low, high = with_everything.floor_budget, 1 << 36
