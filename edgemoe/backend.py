@@ -22,7 +22,7 @@ from edgemoe import _native
 from edgemoe.errors import BackendError, EdgemoeError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import current_rss, parse_budget
-from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, make_plan
+from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, kernel_scratch, make_plan
 from edgemoe.store import ExpertStore
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -165,7 +165,7 @@ class DryRun:
         finally:
             C.llama_free(context)
         flash = params.flash_attn_type == C.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        scratch = _kernel_scratch(self._index, n_ctx, n_ubatch, flash)
+        scratch = kernel_scratch(self._index, n_ctx, n_ubatch, flash)
         logits = self._index.n_vocab * 4 * (2 * n_ctx if self._logits_all else 2)
         return Footprint(n_ctx, n_ubatch, kv_bytes, compute_bytes, scratch + logits)
 
@@ -180,25 +180,6 @@ class DryRun:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _kernel_scratch(index: ExpertIndex, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
-    """Upper bound of ggml's CPU work buffer, bytes: activations converted to the weights' dot-product type.
-
-    ggml-cpu.c, ggml_graph_plan: a MUL_MAT converts its second operand (at most 2 bytes an element); MUL_MAT_ID adds
-    a table of 8 bytes for each expert, token and slot.
-    """
-    tokens = min(n_ubatch, n_ctx)
-    widest = max((t.shape[0] for t in index.tensors if len(t.shape) == 2 and t.shape[1] > 1), default=0)
-    scratch = 2 * widest * tokens
-    for expert in index.experts:
-        slots = index.n_expert_used[expert.layer] * tokens
-        scratch = max(scratch, 2 * expert.shape[0] * slots + 8 * expert.n_expert * slots)
-    if not flash_attn:
-        n_head = index.metadata.get(f"{index.architecture}.attention.head_count", 0)
-        heads = max(n_head) if isinstance(n_head, tuple) else int(n_head or 0)
-        scratch = max(scratch, 2 * heads * n_ctx * tokens)
-    return scratch + (1 << 20)
 
 
 def _refused(index: ExpertIndex, errors: list[str]) -> BackendError:
@@ -246,7 +227,12 @@ def _plan(
         if options.get("flash_attn")
         else C.LLAMA_FLASH_ATTN_TYPE_DISABLED
     }
-    for option, field in (("type_k", "type_k"), ("type_v", "type_v"), ("swa_full", "swa_full"), ("embedding", "embeddings")):
+    for option, field in (
+        ("type_k", "type_k"),
+        ("type_v", "type_v"),
+        ("swa_full", "swa_full"),
+        ("embedding", "embeddings"),
+    ):
         value = options.get(option)
         fields[field] = getattr(params, field) if value is None else value
     with DryRun(index, fields, bool(options.get("logits_all"))) as dry_run:
@@ -306,7 +292,9 @@ class Llama(llama_cpp.Llama):
         self.store: ExpertStore | None = None
         for name in ("n_gpu_layers", "use_mlock", "vocab_only"):
             if kwargs.get(name):
-                raise BackendError(f"{name}={kwargs[name]} contradicts a RAM budget; leave it out, or use llama_cpp.Llama")
+                raise BackendError(
+                    f"{name}={kwargs[name]} contradicts a RAM budget; leave it out, or use llama_cpp.Llama"
+                )
         self.ram = ram
         self.index = read_index(Path(model_path))
         if n_ctx == 0:
@@ -461,7 +449,9 @@ class _Context(_internals.LlamaContext):
             self._store.raise_failure()
             if session.interrupted():
                 raise KeyboardInterrupt from None
-            raise BackendError(f"llama.cpp could not evaluate the batch: {error}; is it longer than the context?") from error
+            raise BackendError(
+                f"llama.cpp could not evaluate the batch: {error}; is it longer than the context?"
+            ) from error
         self._store.raise_failure()
 
     def close(self) -> None:

@@ -188,9 +188,7 @@ def make_plan(
     share = min(1.0, arena / pages.total)
     lines = (
         PlanLine("Python and libraries", process_bytes, "measured in this process, vocabulary included"),
-        PlanLine(
-            "dense weights", index.dense_bytes, "every token needs them: attention, norms, router, embeddings"
-        ),
+        PlanLine("dense weights", index.dense_bytes, "every token needs them: attention, norms, router, embeddings"),
         PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
         PlanLine("compute buffers", chosen.compute_bytes, f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"),
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
@@ -221,6 +219,26 @@ def headroom_of(budget_bytes: int) -> int:
     return max(4 * MIB, budget_bytes // 64)
 
 
+def kernel_scratch(index: ExpertIndex, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
+    """Upper bound of ggml's CPU work buffer, bytes: activations converted to the weights' dot-product type.
+
+    ggml-cpu.c, ggml_graph_plan: a MUL_MAT converts its second operand (at most 2 bytes an element); MUL_MAT_ID adds
+    a table of 8 bytes for each expert, token and slot.
+    """
+    tokens = min(n_ubatch, n_ctx)
+    widest = max((t.shape[0] for t in index.tensors if len(t.shape) == 2 and t.shape[1] > 1), default=0)
+    scratch = 2 * widest * tokens
+    for expert in index.experts:
+        slots = index.n_expert_used[expert.layer] * tokens
+        scratch = max(scratch, 2 * expert.shape[0] * slots + 8 * expert.n_expert * slots)
+    if not flash_attn:
+        n_head = index.metadata.get(f"{index.architecture}.attention.head_count", 0)
+        heads = max(n_head) if isinstance(n_head, tuple) else n_head
+        if isinstance(heads, int):
+            scratch = max(scratch, 2 * heads * n_ctx * tokens)
+    return scratch + (1 << 20)
+
+
 def _with_headroom(n_bytes: int) -> int:
     return max(n_bytes + 4 * MIB, -(-n_bytes * 64 // 63)) + page_size()
 
@@ -234,7 +252,7 @@ def _round_up_mib(n_bytes: int) -> int:
 
 
 def _context_sizes(longest: int) -> Iterator[int]:
-    """The model's own context and its halves, down to `SMALLEST_CTX`."""
+    """Give the model's own context and its halves, down to `SMALLEST_CTX`."""
     size = max(longest, 1)
     while size > SMALLEST_CTX:
         yield size
@@ -285,7 +303,7 @@ def _notes(
     elif arena < index.token_cycle_bytes:
         yield (
             f"The arena is smaller than one token cycle ({format_bytes(index.token_cycle_bytes)}, the experts that one"
-            " token uses in all layers): nearly every expert will be read again for every token. More --ram helps a lot."
+            " token uses in all layers): nearly every expert is read again for every token. More --ram helps a lot."
         )
     elif arena < 2 * index.token_cycle_bytes:
         yield (
