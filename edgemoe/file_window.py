@@ -89,9 +89,7 @@ class FileWindow:
     def skip_strings(self, count: int) -> None:
         """Move over strings, each a 64-bit length and that many bytes."""
         if count > self._strings_left:
-            self.fail(
-                f"claims {count} strings in {self.doing}, more than any vocabulary has", "download it again"
-            )
+            self.fail(f"claims {count} strings in {self.doing}, more than any vocabulary has", "download it again")
         self._strings_left -= count
         self._check_room(8 * count)
         # Local names and no calls: a vocabulary has hundreds of thousands of strings.
@@ -132,6 +130,4 @@ class FileWindow:
         if end > self.size:
             self.fail(f"ends at byte {self.size} but {self.doing} would reach to byte {end}", CUT_SHORT)
         if end > _MAX_BYTES:
-            self.fail(
-                f"has a header above {_MAX_BYTES >> 20} MiB at {self.doing}", "download or convert it again"
-            )
+            self.fail(f"has a header above {_MAX_BYTES >> 20} MiB at {self.doing}", "download or convert it again")

@@ -1,4 +1,4 @@
-"""ggml's tensor types: names and block sizes, from the gguf package and what it does not know yet."""
+"""ggml's tensor types: names and block sizes, from the gguf package, corrected to the pinned llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import functools
 
 __all__ = ["type_blocks", "type_name"]
 
-# Loaded by the pinned llama.cpp, unknown to gguf 0.19: id -> (name, weights per block, bytes per block).
-_NEWER_TYPES = {42: ("Q2_0", 64, 18)}
+# Where gguf 0.19 differs from the pinned ggml: id -> (name, weights per block, bytes per block). Q8_1 lost
+# 4 bytes when its sums became half floats; Q2_0 is newer than the package.
+_CORRECTIONS = {9: ("Q8_1", 32, 36), 42: ("Q2_0", 64, 18)}
 
 
 def type_name(ggml_type: int) -> str:
@@ -38,4 +39,4 @@ def type_blocks(ggml_type: int) -> tuple[int, int] | None:
 def _table() -> dict[int, tuple[str, int, int]]:
     from gguf.constants import GGML_QUANT_SIZES  # here because it takes numpy along, a quarter of a second
 
-    return _NEWER_TYPES | {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()} | _CORRECTIONS

@@ -148,29 +148,23 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """
     file_path = Path(path)
     try:
-        mode = os.stat(file_path).st_mode
+        mode = file_path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ModelFileError(f"{file_path} is a directory, expected a GGUF file; name the file inside it")
         # Opening a pipe or a device could block for ever.
         if not stat.S_ISREG(mode):
-            raise ModelFileError(
-                f"{file_path} is not a regular file, expected a GGUF file; save it to disk first"
-            )
-        with open(file_path, "rb", buffering=0) as file:
+            raise ModelFileError(f"{file_path} is not a regular file, expected a GGUF file; save it to disk first")
+        with file_path.open("rb", buffering=0) as file:
             return _Reader(file, file_path, os.fstat(file.fileno()).st_size).header()
     except FileNotFoundError:
         raise ModelFileError(f"{file_path} does not exist; check the path of the model") from None
     except PermissionError:
-        raise ModelFileError(
-            f"{file_path} cannot be read: permission denied; get read access to it"
-        ) from None
+        raise ModelFileError(f"{file_path} cannot be read: permission denied; get read access to it") from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelFileError(f"{file_path} cannot be read: {reason}; check the path and the disk") from None
     except ValueError:  # a NUL character, or text that no file name can hold
-        raise ModelFileError(
-            f"{show(str(path))} cannot be a file name; check the path of the model"
-        ) from None
+        raise ModelFileError(f"{show(str(path))} cannot be a file name; check the path of the model") from None
 
 
 @functools.cache
@@ -217,8 +211,10 @@ class _Reader(FileWindow):
             (n_keys, _MAX_KEYS, 13, "metadata keys"),
             (n_tensors, _MAX_TENSORS, 24, "tensors"),
         ):
-            if count > limit or count * smallest > self.size:
-                self.fail(f"claims {count} {what}, which a file of {self.size} bytes cannot hold", DAMAGED)
+            if count > limit:
+                self.fail(f"claims {count} {what}, expected at most {limit}", DAMAGED)
+            if count * smallest > self.size:
+                self.fail(f"claims {count} {what}, which its {self.size} bytes cannot hold", CUT_SHORT)
         metadata = self._metadata(n_keys)
         alignment = self._alignment(metadata)
         raw = self._tensor_infos(n_tensors)
@@ -235,9 +231,7 @@ class _Reader(FileWindow):
             if first[8:10] == b'{"':
                 guess = "a safetensors file"
             else:
-                guess = next(
-                    (what for magic, what in _FOREIGN if first.lstrip().startswith(magic)), "something else"
-                )
+                guess = next((what for magic, what in _FOREIGN if first.lstrip().startswith(magic)), "unknown data")
             self.fail(
                 f"is not a GGUF file: it starts with {first[:8]!r} ({guess}), expected b'GGUF'",
                 "give the path of a .gguf file, or convert the model with llama.cpp's convert_hf_to_gguf.py",
@@ -302,9 +296,7 @@ class _Reader(FileWindow):
             self.skip_strings(length)
             return ArraySummary("string", length)
         if kind == Kind.ARRAY:
-            self.fail(
-                f"has an array of arrays as {self.doing}, which llama.cpp does not read", "convert it again"
-            )
+            self.fail(f"has an array of arrays as {self.doing}, which llama.cpp does not read", "convert it again")
         if kind not in _scalar_layouts():
             self.fail(f"has {self.doing} as an array of unknown type {kind}, expected 0 to 12", DAMAGED)
         name, layout = _scalar_layouts()[kind]
@@ -317,12 +309,7 @@ class _Reader(FileWindow):
         from gguf.constants import GGUF_DEFAULT_ALIGNMENT, Keys
 
         alignment = metadata.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)
-        if (
-            type(alignment) is not int
-            or alignment <= 0
-            or alignment & (alignment - 1)
-            or alignment >= 1 << 32
-        ):
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1) or alignment >= 1 << 32:
             found = show(str(alignment))
             self.fail(f"has {Keys.General.ALIGNMENT} {found}, expected a power of two below 2**32", DAMAGED)
         return alignment
@@ -354,9 +341,7 @@ class _Reader(FileWindow):
         for number, tensor in enumerate(raw):
             name = show(tensor.name)
             if tensor.offset % alignment:
-                self.fail(
-                    f"has tensor {name} at offset {tensor.offset}, not a multiple of {alignment}", DAMAGED
-                )
+                self.fail(f"has tensor {name} at offset {tensor.offset}, not a multiple of {alignment}", DAMAGED)
             following = raw[number + 1].offset if number + 1 < len(raw) else self.size - data_offset
             n_bytes = self._n_bytes(tensor, following - tensor.offset)
             end = data_offset + tensor.offset + n_bytes
@@ -369,13 +354,9 @@ class _Reader(FileWindow):
                 self.fail(f"has tensor {name} overlapping the one before it", DAMAGED)
             if tensor.offset > expected:
                 gap = tensor.offset - expected
-                self.fail(
-                    f"has {gap} stray bytes before tensor {name}, which llama.cpp refuses", "convert it again"
-                )
+                self.fail(f"has {gap} stray bytes before tensor {name}, which llama.cpp refuses", "convert it again")
             expected = tensor.offset + n_bytes + -n_bytes % alignment
-            placed.append(
-                TensorInfo(tensor.name, tensor.shape, tensor.ggml_type, data_offset + tensor.offset, n_bytes)
-            )
+            placed.append(TensorInfo(tensor.name, tensor.shape, tensor.ggml_type, data_offset + tensor.offset, n_bytes))
         return tuple(placed)
 
     def _n_bytes(self, tensor: _RawTensor, room: int) -> int:

@@ -95,7 +95,7 @@ def read_architecture(header: GGUFHeader) -> str:
 
     architecture = header.metadata.get(Keys.General.ARCHITECTURE)
     if not isinstance(architecture, str):
-        _refuse(header, f"has no {Keys.General.ARCHITECTURE}")
+        _refuse(header, f"has no {Keys.General.ARCHITECTURE} text")
     if architecture not in _architectures():
         raise UnknownArchitectureError(
             f"{header.path} has architecture {show(architecture)}, which the llama.cpp of this edgemoe"
@@ -146,9 +146,7 @@ def read_hparams(header: GGUFHeader, architecture: str, tensor_names: AbstractSe
     n_group = keys.integer(Keys.LLM.EXPERT_GROUP_COUNT, high=n_expert - 1, default=0)
     n_group_used = keys.integer(Keys.LLM.EXPERT_GROUP_USED_COUNT, default=0)
     if n_group > 1 and (n_expert % n_group or not 0 < n_group_used < n_group):
-        _refuse(
-            header, f"routes {n_expert} experts by {n_group_used} of {n_group} groups, which is impossible"
-        )
+        _refuse(header, f"routes {n_expert} experts by {n_group_used} of {n_group} groups, which is impossible")
     return HParams(
         name=_printable(header.metadata.get(Keys.General.NAME)) or header.path.stem,
         n_layer_all=n_layer_all,
@@ -200,9 +198,7 @@ class _Keys:
         if not isinstance(value, tuple):
             return (self._checked(key, value, 1, high),) * n_layer
         if len(value) != n_layer:
-            _refuse(
-                self._header, f"has {len(value)} values of {key}, expected one for each of {n_layer} layers"
-            )
+            _refuse(self._header, f"has {len(value)} values of {key}, expected one for each of {n_layer} layers")
         counts = tuple(self._checked(key, item, 0, high) for item in value)
         if not any(counts):
             _refuse(self._header, f"has {key} 0 in every layer, expected at least 1 in some")

@@ -249,9 +249,7 @@ def read_index(path: str | os.PathLike[str]) -> ExpertIndex:
                 experts.append(_expert_tensor(header, file, info, int(expert[1]), expert[2], hparams))
             else:
                 kind = info.ggml_type
-                tensors.append(
-                    Tensor(info.name, file, info.offset, info.n_bytes, kind, type_name(kind), info.shape)
-                )
+                tensors.append(Tensor(info.name, file, info.offset, info.n_bytes, kind, type_name(kind), info.shape))
     if not experts:
         raise NotMoEError(
             f"{first.path} has experts in next-token-prediction layers only, which llama.cpp does not run by"
@@ -361,8 +359,7 @@ def _expert_tensor(
         raise ModelFileError(f"{where} but says it has {hparams.n_layer_all} layers; {again}")
     if len(info.shape) != 3 or info.shape[2] != hparams.n_expert:
         raise ModelFileError(
-            f"{where} of shape {info.shape}, expected three dimensions, the last of"
-            f" {hparams.n_expert} experts; {again}"
+            f"{where} of shape {info.shape}, expected three dimensions, the last of {hparams.n_expert} experts; {again}"
         )
     rows = info.shape[1] * info.shape[2]
     # The size of an unknown type is known to the alignment only: exact if just one multiple of the rows fits.

@@ -99,7 +99,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise BudgetError(f"{_quote(text)} is not a memory size; {_EXAMPLES}")
-    size = int(Fraction(match[1]) * _UNITS[match[2].lower()])
+    number, unit = match[1], match[2].lower()
+    if "." in number and _UNITS[unit] == 1:
+        raise BudgetError(f"{_quote(text)} is not a whole number of bytes; {_EXAMPLES}")
+    size = int(Fraction(number) * _UNITS[unit])
     if not 0 < size <= _MAX_BYTES:
         raise BudgetError(f"a memory size of {_quote(text)} is not between 1 byte and 1 PiB; {_EXAMPLES}")
     return size
@@ -127,6 +130,9 @@ def parse_budget(text: str | int, machine: Machine | None = None) -> Budget:
     BudgetError
         If the text is not a budget, or the number is not sensible.
     """
+    # Checked before it becomes text: Python refuses to write out a very long integer.
+    if isinstance(text, int) and not 0 < text <= _MAX_BYTES:
+        raise BudgetError(f"a number given as memory budget is not between 1 byte and 1 PiB; {_EXAMPLES}")
     words = str(text).strip()
     if words.lower() == "auto":
         return _auto_budget(machine or _machine())

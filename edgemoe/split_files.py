@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,14 +45,15 @@ def read_headers(path: str | os.PathLike[str]) -> tuple[GGUFHeader, ...]:
         return (first,)
     given = _PART_NAME.fullmatch(first.path.name)
     if number != 0:
-        part_1 = f"{given['stem']}-00001-of-{count:05d}.gguf" if given else "the one ending in -00001-of-..."
-        raise ModelFileError(
-            f"{first.path} is part {number + 1} of {count}, expected the first; give {part_1} instead"
-        )
+        ending = f"-00001-of-{count:05d}.gguf"
+        part_1 = first.path.with_name(given["stem"] + ending) if given else f"the file ending in {ending}"
+        _refuse(first.path, f"is part {number + 1} of {count}, expected the first", f"give {part_1} instead")
     if given is None or int(given["part"]) != 1 or int(given["count"]) != count:
-        raise ModelFileError(
-            f"{first.path} is part 1 of {count} but its name does not end in -00001-of-{count:05d}.gguf, by"
-            " which the other parts are found; give all parts their original names"
+        _refuse(
+            first.path,
+            f"is part 1 of {count} but its name does not end in -00001-of-{count:05d}.gguf, by which the"
+            " other parts are found",
+            "give all parts their original names",
         )
     headers = [first]
     for part in range(2, count + 1):
@@ -68,9 +70,9 @@ def read_headers(path: str | os.PathLike[str]) -> tuple[GGUFHeader, ...]:
     expected = _split_key(first, Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
     if len(names) != expected:
         _refuse(first.path, f"and its {count - 1} other parts hold {len(names)} tensors, expected {expected}")
-    if len(set(names)) != len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        _refuse(first.path, f"and its other parts hold tensor {show(twice)} twice")
+    twice, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        _refuse(first.path, f"and its other parts hold tensor {show(twice)} {times} times")
     return tuple(headers)
 
 
@@ -80,6 +82,8 @@ def _refuse(path: Path, found: str, next_step: str = "download all parts again")
 
 def _split_key(header: GGUFHeader, key: str, default: int | None = None) -> int:
     value = header.metadata.get(key, default)
+    if value is None:
+        _refuse(header.path, f"has no {key}, which a part of a split model needs")
     if type(value) is not int or value < 0:
         _refuse(header.path, f"has {key} {show(str(value))}, expected a number of 0 or more")
     return value
