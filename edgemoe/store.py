@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -173,14 +174,10 @@ def choose_io(index: ExpertIndex, io: str) -> tuple[str, str]:
     return "direct", "O_DIRECT reads of the file give its own bytes"
 
 
-class _as_store_error:
+@contextlib.contextmanager
+def _as_store_error() -> Iterator[None]:
     """Turn the native core's OSError into a StoreError."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError):
-            raise StoreError(f"{error}; check the file and the disk") from error
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{error}; check the file and the disk") from error
