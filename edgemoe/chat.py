@@ -52,11 +52,15 @@ class Answer:
         The prompt's tokens.
     chunks : iterator of dict
         What a streaming completion or chat completion yields, not yet started.
+    seed : int
+        The seed they were asked with.
     on_end : callable, optional
         Called with this object when the iteration ends, for whatever reason.
 
     Attributes
     ----------
+    seed : int
+        As given.
     text : str
         The text so far.
     finish_reason : str
@@ -79,8 +83,10 @@ class Answer:
         llama: Llama,
         prompt: Sequence[int],
         chunks: Iterator[dict[str, Any]],
+        seed: int,
         on_end: Callable[[Answer], None] | None = None,
     ) -> None:
+        self.seed = seed
         self.text = ""
         self.finish_reason = "interrupted"
         self.prompt_tokens = len(prompt)
@@ -115,6 +121,12 @@ class Answer:
     def bytes_per_token(self) -> float | None:
         """Expert bytes read for each token generated after the first, None when there was no second one."""
         return self.generation_bytes / self._steps if self._steps else None
+
+    def drain(self) -> str:
+        """Generate the whole answer and return its text."""
+        for _ in self:
+            pass
+        return self.text
 
     def __iter__(self) -> Generator[str, None, None]:
         start = _Instant.now(self._llama)
@@ -182,7 +194,7 @@ def complete(llama: Llama, text: str, sampling: Sampling) -> Answer:
         seed=sampling.seed,
         stream=True,
     )
-    return Answer(llama, prompt, chunks)
+    return Answer(llama, prompt, chunks, sampling.seed)
 
 
 class ChatSession:
@@ -228,20 +240,21 @@ class ChatSession:
         turns, prompt = self._fit([*self.turns, question])
         self.dropped_turns = (len(self.turns) + 1 - len(turns)) // 2
         self.turns = turns[:-1]
+        seed = (self._sampling.seed + self._asked) % 2**32
+        self._asked += 1
         chunks = self._llama.create_chat_completion(
             self._messages(turns),
             max_tokens=self._sampling.max_tokens,
             temperature=self._sampling.temperature,
-            seed=(self._sampling.seed + self._asked) % 2**32,
+            seed=seed,
             stream=True,
         )
-        self._asked += 1
 
         def remember(answer: Answer) -> None:
             if answer.text:
                 self.turns += [question, {"role": "assistant", "content": answer.text}]
 
-        return Answer(self._llama, prompt, chunks, remember)
+        return Answer(self._llama, prompt, chunks, seed, remember)
 
     def reset(self) -> None:
         """Forget the conversation, but not the system message."""

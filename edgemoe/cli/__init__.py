@@ -79,4 +79,4 @@ def main() -> None:
 
     --ram bounds the whole process: weights, caches, buffers and Python. Leave
     it out to use the memory that is free now.
-    """
+    """  # noqa: D301 (click wants the character)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from edgemoe.plan import ExpertPlan
 
 
-
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number.", ctx, param)

@@ -20,6 +20,10 @@ def command(model: Path, ram: str, ctx: int | None, ubatch: int | None, json: bo
 
     Nothing is loaded: the plan follows from the header of MODEL and from what llama.cpp says it would allocate.
     """
+    # The plan starts from this process: with what `run` imports, its smallest budget is enough there too.
+    import psutil  # noqa: F401
+
+    import edgemoe.chat  # noqa: F401
     from edgemoe.backend import plan_model
     from edgemoe.cli import ui
 

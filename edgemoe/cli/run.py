@@ -33,7 +33,7 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
     with ui.Loading(shown=not options.quiet) as loading:
         llama = options.open(
             model,
-            on_plan=lambda plan: ui.show(ui.err(), *ui.plan_parts(plan), "") if talking else None,
+            on_plan=ui.announce if talking else None,
             on_progress=loading.progress,
         )
     with llama:
@@ -43,16 +43,15 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
             answer = complete(llama, text, sampling)
         try:
             if options.json:
-                for _ in answer:
-                    pass
+                answer.drain()
             else:
                 ui.stream(answer)
         finally:
             if options.json:
-                document = ui.answer_document(llama, answer, sampling.seed)
+                document = ui.answer_document(llama, answer)
                 ui.show_json({**document, "plan": ui.plan_document(llama.plan)})
             elif talking:
-                ui.show(ui.err(), "", ui.statistics(llama, answer, sampling.seed))
+                ui.show(ui.err(), "", ui.statistics(llama, answer))
 
 
 def _prompt(argument: str | None) -> str:

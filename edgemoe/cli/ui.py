@@ -48,9 +48,7 @@ def err() -> Console:
 
 def _console(stderr: bool) -> Console:
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(
-        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else PLAIN_WIDTH
-    )
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else PLAIN_WIDTH)
 
 
 def show(console: Console, *parts: RenderableType) -> None:
@@ -129,7 +127,9 @@ def inspection(model: dict[str, Any]) -> Iterator[RenderableType]:
     if len(model["files"]) > 1:
         yield facts(("part", path) for path in model["files"])
     if model["skipped_tensors"]:
-        yield Text(f"{len(model['skipped_tensors'])} tensors of prediction layers are in the file; llama.cpp skips them.")
+        yield Text(
+            f"{len(model['skipped_tensors'])} tensors of prediction layers are in the file; llama.cpp skips them."
+        )
 
 
 def _types(counts: dict[str, int]) -> str:
@@ -157,13 +157,16 @@ def plan_parts(plan: ExpertPlan) -> Iterator[RenderableType]:
         yield Text(text)
 
 
-def statistics(llama: Llama, answer: Answer, seed: int) -> Table:
+def announce(plan: ExpertPlan) -> None:
+    """Print a plan on standard error, with an empty line after it."""
+    show(err(), *plan_parts(plan))
+    err().print()
+
+
+def statistics(llama: Llama, answer: Answer) -> Table:
     """Lay out what an answer took, measured."""
     store = llama.store
     assert store is not None, "the model is open"
-    generation = f"{answer.tokens:,} tokens{_rate(answer.generation_rate)}"
-    if answer.finish_reason == "interrupted":
-        generation += ", interrupted"
     prompt = f"{answer.prompt_tokens:,} tokens{_rate(answer.prompt_rate)}"
     if answer.reused_tokens:
         prompt += f", {answer.reused_tokens:,} of them reused"
@@ -175,10 +178,10 @@ def statistics(llama: Llama, answer: Answer, seed: int) -> Table:
             ("peak memory", f"{format_bytes(peak_rss())} of {format_bytes(llama.plan.budget.bytes)}"),
             ("hit rate", _percent(answer.hit_rate) + f" of {answer.hits + answer.misses:,} expert parts"),
             ("prompt", prompt),
-            ("generation", generation),
+            ("generation", _generation(llama, answer)),
             ("read", read),
             ("io", f"{store.io}: {store.io_reason}"),
-            ("seed", str(seed)),
+            ("seed", str(answer.seed)),
         ]
     )
 
@@ -187,12 +190,22 @@ def status_line(llama: Llama, answer: Answer) -> str:
     """Sum up an answer in one line."""
     return ", ".join(
         [
-            f"{answer.tokens:,} tokens{_rate(answer.generation_rate)}",
+            _generation(llama, answer),
             f"hit rate {_percent(answer.hit_rate)}",
             f"RAM {format_bytes(current_rss())} of {format_bytes(llama.plan.budget.bytes)}"
             f" (peak {format_bytes(peak_rss())})",
         ]
     )
+
+
+def _generation(llama: Llama, answer: Answer) -> str:
+    text = f"{answer.tokens:,} tokens{_rate(answer.generation_rate)}"
+    if answer.finish_reason == "interrupted":
+        text += ", stopped"
+    elif answer.finish_reason == "length":
+        full = answer.prompt_tokens + answer.tokens >= llama.n_ctx()
+        text += ", cut: the context is full" if full else ", cut at --max-tokens"
+    return text
 
 
 def _rate(tokens_per_second: float | None) -> str:
@@ -208,7 +221,7 @@ def plan_document(plan: ExpertPlan) -> dict[str, Any]:
     return asdict(plan)
 
 
-def answer_document(llama: Llama, answer: Answer, seed: int) -> dict[str, Any]:
+def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:
     """Give an answer and what it took as JSON types: tokens, seconds, bytes, shares from 0 to 1."""
     store = llama.store
     assert store is not None, "the model is open"
@@ -236,7 +249,7 @@ def answer_document(llama: Llama, answer: Answer, seed: int) -> dict[str, Any]:
             "budget_bytes": llama.plan.budget.bytes,
             "io": store.io,
             "io_reason": store.io_reason,
-            "seed": seed,
+            "seed": answer.seed,
         },
     }
 
