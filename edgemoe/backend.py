@@ -14,16 +14,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgemoe import _native
 from edgemoe.errors import BackendError, EdgemoeError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import current_rss, parse_budget
 from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, kernel_scratch, make_plan
-from edgemoe.store import ExpertStore
+from edgemoe.store import ExpertStore, memory_use
 
 LLAMA_CPP_PYTHON = "0.3.36"
 """The release whose struct layouts the native core follows."""
@@ -159,9 +159,7 @@ class DryRun:
         if not context:
             raise _refused(self._index, errors)
         try:
-            _, kv_bytes, compute_bytes = _native.memory_use(
-                _symbols(), ctypes.cast(context, ctypes.c_void_p).value or 0
-            )
+            _, kv_bytes, compute_bytes = memory_use(_symbols(), ctypes.cast(context, ctypes.c_void_p).value or 0)
         finally:
             C.llama_free(context)
         flash = params.flash_attn_type == C.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -297,6 +295,10 @@ class Llama(llama_cpp.Llama):
                 )
         self.ram = ram
         self.index = read_index(Path(model_path))
+        # A common override: more or fewer experts for each token than the file says.
+        top_k = (kwargs.get("kv_overrides") or {}).get(f"{self.index.architecture}.expert_used_count")
+        if top_k is not None:
+            self.index = replace(self.index, n_expert_used=(int(top_k),) * self.index.n_layer)
         if n_ctx == 0:
             n_ctx = self.index.context_length
         # An n_ubatch that nobody asked for is the plan's to choose, within n_batch.
@@ -324,8 +326,7 @@ class Llama(llama_cpp.Llama):
                 except ValueError as error:
                     errors[:0] = filter(None, [self.store.session.load_failure()])
                     raise _refused(self.index, errors or [str(error)]) from error
-            for path in self.index.files:
-                _native.forget_file(os.fspath(path))
+            self.store.forget_page_cache()
         except BaseException:
             self.close()
             raise

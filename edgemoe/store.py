@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-from edgemoe import _native
-from edgemoe.errors import StoreError
+from edgemoe.errors import StoreError, UnsupportedPlatformError
 from edgemoe.index import ExpertIndex
+
+if sys.platform == "win32":
+    raise UnsupportedPlatformError("edgemoe runs on Linux and macOS, not on Windows; install it inside WSL 2")
+
+try:
+    from edgemoe import _native
+except ImportError as error:
+    raise StoreError(
+        f"edgemoe's native core cannot be loaded ({error}); install the package with: pip install -e ."
+    ) from error
 
 IO_MODES = ("auto", "direct", "mmap", "pread")
 
@@ -86,6 +96,7 @@ class ExpertStore:
         self.arena_bytes = arena_bytes
         self.io, self.io_reason = choose_io(index, io)
         self.n_lanes = N_LANES
+        self._paths = index.files
         with _as_store_error():
             session = _native.Session(self.io, self.n_lanes, arena_bytes)
             for path in index.files:
@@ -144,6 +155,11 @@ class ExpertStore:
             staged_layers=session.staged_layers(),
         )
 
+    def forget_page_cache(self) -> None:
+        """Drop the model files' pages from the page cache: what was read through it is now held in memory."""
+        for path in self._paths:
+            _native.forget_file(os.fspath(path))
+
     def close(self) -> None:
         """Join the reading threads and close the files. The model that uses the store must be freed before."""
         self._session = None
@@ -155,6 +171,11 @@ class ExpertStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def memory_use(symbols: Mapping[str, int], llama_context: int) -> tuple[int, int, int]:
+    """Ask what the llama_context at that address allocates: bytes of model, caches and compute buffers."""
+    return _native.memory_use(dict(symbols), llama_context)
 
 
 def choose_io(index: ExpertIndex, io: str) -> tuple[str, str]:

@@ -129,8 +129,9 @@ std::byte* ExpertStore::place(int id, std::byte* region) {
         return data;
     }
     tensor.data = data;
-    total_slabs_ += static_cast<uint64_t>(spec.n_expert);
     const size_t whole = page_ceil(spec.offset % page_size() + spec.n_bytes);
+    placed_bytes_ += whole;
+    all_fit_ = placed_bytes_ <= arena_bytes_;
     use_small_pages(as_pointer<std::byte>(start), whole);
     if (io_ == Io::mmap) {
         files_[spec.file]->map_over(as_pointer<std::byte>(start), page_floor(spec.offset), whole);
@@ -265,7 +266,7 @@ void ExpertStore::acquire(int layer, uint32_t parts, const std::vector<int32_t>&
                 make_room(tensor, expert);
                 resident_bytes_ += exclusive_pages(tensor, expert).bytes();
                 entries_[entry].resident |= static_cast<uint8_t>(1U << part);
-                ++resident_slabs_;
+                ++layers_[layer].resident_slabs;
                 added.emplace_back(entry, 1U << part);
                 plan_read(tensor, expert);
             }
@@ -326,13 +327,13 @@ void ExpertStore::make_room(const Tensor& tensor, int expert) {
 }
 
 void ExpertStore::drop(int32_t entry, uint32_t parts) {
-    const Layer& layer = layers_[entries_[entry].layer];
+    Layer& layer = layers_[entries_[entry].layer];
     const int expert = entry - layer.first_entry;
     for (size_t part = 0; part < layer.tensors.size(); ++part) {
         if ((parts >> part & 1) != 0) {
             const Tensor& tensor = tensors_[layer.tensors[part]];
             entries_[entry].resident &= static_cast<uint8_t>(~(1U << part));
-            --resident_slabs_;
+            --layer.resident_slabs;
             drop_pages(tensor, expert);
         }
     }

@@ -77,7 +77,10 @@ class ExpertStore {
     // -------- serve
     int n_parts(int layer) const;
     int part_of(int id) const { return tensors_[id].part; }
-    bool all_resident() const { return resident_slabs_ == total_slabs_; }
+    // Every expert of the layer is resident and none will ever have to leave: the layer needs no `acquire` any more.
+    bool settled(int layer) const {
+        return all_fit_ && layers_[layer].resident_slabs == layers_[layer].n_expert * n_parts(layer);
+    }
     bool fits(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
     void acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts);
     void release();
@@ -99,6 +102,7 @@ class ExpertStore {
     struct Layer {
         int n_expert = 0;
         int32_t first_entry = 0;
+        int32_t resident_slabs = 0;
         std::vector<int> tensors;  // by part
     };
     struct Entry {
@@ -135,8 +139,8 @@ class ExpertStore {
 
     std::atomic<uint64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_read_{0}, dense_bytes_{0};
     std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0};
-    uint64_t resident_slabs_ = 0;
-    uint64_t total_slabs_ = 0;
+    uint64_t placed_bytes_ = 0;  // pages of all placed expert tensors
+    bool all_fit_ = true;        // placed_bytes_ is within the arena
 };
 
 }  // namespace edgemoe

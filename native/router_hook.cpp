@@ -53,7 +53,7 @@ bool RouterHook::before_node(ggml::Tensor* node) {
                 --stages_left_;
                 return true;
             }
-            if (layer != served_layer_ && !store_.all_resident()) {
+            if (layer != served_layer_ && !store_.settled(layer)) {
                 fail("layer " + std::to_string(layer) + " uses experts that its router never announced; " +
                      "this architecture needs a newer edgemoe");
                 return true;
@@ -68,8 +68,7 @@ bool RouterHook::before_node(ggml::Tensor* node) {
     if (n_parts == 0) {
         return false;
     }
-    if (store_.all_resident()) {
-        served_layer_ = layer;
+    if (store_.settled(layer)) {
         store_.count_hits(static_cast<uint64_t>(node->ne[0] * node->ne[1] * n_parts));
         return false;
     }

@@ -185,6 +185,17 @@ def test_smaller_batches_are_chosen_and_reported() -> None:
         assert any(f"n_ubatch is {ours.plan.n_ubatch} instead of 256" in note for note in ours.plan.notes)
 
 
+def test_an_override_of_the_number_of_experts_is_planned_and_served() -> None:
+    settings = SETTINGS | {"kv_overrides": {"qwen3moe.expert_used_count": 8}}
+    with arena_share(0.0), Llama(str(TINY_MOE), **settings) as ours:
+        assert set(ours.index.n_expert_used) == {8}
+        found = logits(ours, [5, 6, 7], [8, 9])
+        n_ubatch = ours.plan.n_ubatch
+    plain = plain_llama(TINY_MOE, **(settings | {"n_ubatch": n_ubatch}))
+    assert np.array_equal(found, logits(plain, [5, 6, 7], [8, 9]))
+    plain.close()
+
+
 def test_two_models_on_one_file_at_once() -> None:
     with arena_share(0.25):
         first, second = Llama(str(TINY_MOE), **SETTINGS), Llama(str(TINY_MOE), io="mmap", **SETTINGS)
