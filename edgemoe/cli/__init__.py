@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
+import sys
 from typing import Any
 
 import click
@@ -42,17 +42,22 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except EdgemoeError as error:
-            click.echo(f"edgemoe: {error}", err=True)
-            ctx.exit(1)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; what goes wrong is one line on standard error."""
+        try:
+            return super().main(*args, **kwargs)
+        except EdgemoeError as error:
+            reason = str(error)
+        except MemoryError:
+            reason = "the system refused memory; give a smaller --ram, --ctx or --ubatch"
         except OSError as error:
-            # A closed pipe is click's business: it ends quietly.
-            if error.errno == errno.EPIPE:
-                raise
-            click.echo(f"edgemoe: {error}; check the disk and the file's permissions", err=True)
-            ctx.exit(1)
+            # A closed pipe never gets here: click ends it quietly.
+            reason = f"{error.filename or 'output'}: {error.strerror or error}; check the disk and the permissions"
+        click.echo(f"edgemoe: {reason}", err=True)
+        sys.exit(1)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

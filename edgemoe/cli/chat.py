@@ -79,8 +79,6 @@ class _Chat:
 
     def greet(self) -> None:
         """Say what there is to know before the first message."""
-        from edgemoe.cli import ui
-
         index, plan = self._llama.index, self._llama.plan
         if not index.has_chat_template:
             self._note(f"{index.name} has no chat template: using the format {self._llama.chat_format}.")

@@ -36,12 +36,12 @@ RAM = click.option(
     help="Memory for the whole process: 6GiB, 800MB, 50% of RAM, or auto (what is free now, less a reserve).",
 )
 CTX = click.option(
-    "--ctx", metavar="N", type=click.IntRange(min=1), help="Context in tokens.  [default: what fits --ram]"
+    "--ctx", metavar="N", type=click.IntRange(1, 2**24), help="Context in tokens.  [default: what fits --ram]"
 )
 UBATCH = click.option(
     "--ubatch",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 2**14),
     help="Prompt tokens evaluated at once.  [default: up to 512, what fits --ram]",
 )
 JSON = click.option("--json", is_flag=True, help="Print JSON on standard output.")
@@ -50,7 +50,7 @@ _SHARED = (
     RAM,
     CTX,
     click.option(
-        "--threads", metavar="N", type=click.IntRange(min=1), help="Compute threads.  [default: physical cores]"
+        "--threads", metavar="N", type=click.IntRange(1, 512), help="Compute threads.  [default: physical cores]"
     ),
     UBATCH,
     click.option(

@@ -51,7 +51,7 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
                 document = ui.answer_document(llama, answer)
                 ui.show_json({**document, "plan": ui.plan_document(llama.plan)})
             elif talking:
-                ui.show(ui.err(), "", ui.statistics(llama, answer))
+                ui.report(llama, answer)
 
 
 def _prompt(argument: str | None) -> str:

@@ -163,6 +163,12 @@ def announce(plan: ExpertPlan) -> None:
     err().print()
 
 
+def report(llama: Llama, answer: Answer) -> None:
+    """Print what an answer took on standard error, after an empty line."""
+    err().print()
+    show(err(), statistics(llama, answer))
+
+
 def statistics(llama: Llama, answer: Answer) -> Table:
     """Lay out what an answer took, measured."""
     store = llama.store
