@@ -32,7 +32,7 @@ PLAIN_WIDTH = 1000
 PROMPT_MODES = {
     "whole": "all experts of a batch fit at once",
     "per-tensor": "experts of a batch are served one tensor at a time",
-    "small-batches": "as wide as the experts of a batch allow",
+    "small-batches": "narrowed to fit the budget",
 }
 
 
