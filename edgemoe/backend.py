@@ -219,20 +219,12 @@ def plan_model(
 def _plan(
     index: ExpertIndex, ram: str | int, n_ctx: int | None, n_ubatch: int | None, options: dict[str, Any]
 ) -> ExpertPlan:
-    params = C.llama_context_default_params()
-    fields: dict[str, Any] = {
-        "flash_attn_type": C.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if options.get("flash_attn")
-        else C.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    }
-    for option, field in (
-        ("type_k", "type_k"),
-        ("type_v", "type_v"),
-        ("swa_full", "swa_full"),
-        ("embedding", "embeddings"),
-    ):
-        value = options.get(option)
-        fields[field] = getattr(params, field) if value is None else value
+    # What llama_cpp.Llama makes of these options.
+    on, off = C.LLAMA_FLASH_ATTN_TYPE_ENABLED, C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    fields: dict[str, Any] = {"flash_attn_type": on if options.get("flash_attn") else off}
+    fields |= {name: options[name] for name in ("type_k", "type_v", "swa_full") if options.get(name) is not None}
+    if options.get("embedding"):
+        fields |= {"embeddings": True, "n_seq_max": C.llama_max_parallel_sequences(), "kv_unified": True}
     with DryRun(index, fields, bool(options.get("logits_all"))) as dry_run:
         budget = parse_budget(ram)
         process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab
@@ -287,7 +279,6 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()
-        self.store: ExpertStore | None = None
         for name in ("n_gpu_layers", "use_mlock", "vocab_only"):
             if kwargs.get(name):
                 raise BackendError(
@@ -343,15 +334,14 @@ class Llama(llama_cpp.Llama):
 
     def interrupt(self) -> None:
         """Stop the running evaluation from another thread; it raises KeyboardInterrupt there."""
-        if self.store is not None:
-            self.store.session.interrupt()
+        self.store.session.interrupt()
 
     def close(self) -> None:
         """Free the model, then the store. May be called twice."""
         stack = getattr(self, "_stack", None)
         if stack is not None:
             stack.close()
-        store = getattr(self, "store", None)
+        store: ExpertStore | None = getattr(self, "store", None)
         if store is not None:
             store.close()
 
@@ -364,7 +354,7 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         del state["use_mmap"], state["use_mlock"], state["vocab_only"]
-        return state | {"ram": self.ram, "io": self.store.io if self.store else "auto"}
+        return state | {"ram": self.ram, "io": self.store.io}
 
 
 @contextlib.contextmanager
