@@ -150,7 +150,7 @@ class DryRun:
     def _measure(self, n_ctx: int, n_ubatch: int) -> Footprint:
         params = C.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = max(n_ubatch, 1)
+        params.n_batch = max(n_ubatch, DEFAULT_UBATCH)
         params.n_ubatch = n_ubatch
         for name, value in self._options.items():
             setattr(params, name, value)
