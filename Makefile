@@ -8,7 +8,7 @@ NATIVE := $(wildcard native/*.h native/*.cpp native/tests/*.h native/tests/*.cpp
 MODEL := models/tiny-moe-q4_k_m.gguf
 DEMO_RAM := 80MiB
 
-.PHONY: demo check lint test native-test bench wheel clean
+.PHONY: demo check lint format test native-test wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgemoe run $(MODEL) --ram $(DEMO_RAM) --max-tokens 100 --temp 0.6 --seed 7 \
@@ -23,11 +23,19 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 # The native core three times: plain, with ASan and UBSan, with TSan.
-native-test: $(VENV)/.dev
+native-format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+test: $(VENV)/.dev
 	for sanitizer in "" address,undefined thread; do \
 	    build=build/native-$${sanitizer:-plain}; \
 	    $(BIN)/cmake -S native -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
