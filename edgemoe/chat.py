@@ -50,7 +50,7 @@ class Answer:
         The model; nothing else may run on it meanwhile.
     prompt : sequence of int
         The prompt's tokens.
-    chunks : iterator of dict
+    chunks : generator of dict
         What a streaming completion or chat completion yields, not yet started.
     seed : int
         The seed they were asked with.
@@ -82,7 +82,7 @@ class Answer:
         self,
         llama: Llama,
         prompt: Sequence[int],
-        chunks: Iterator[dict[str, Any]],
+        chunks: Generator[dict[str, Any], None, None],
         seed: int,
         on_end: Callable[[Answer], None] | None = None,
     ) -> None:
@@ -144,6 +144,7 @@ class Answer:
             self.finish_reason = "error"
             raise
         finally:
+            self._chunks.close()
             self._measure(start, first, _Instant.now(self._llama))
             if self._on_end is not None:
                 self._on_end(self)

@@ -173,7 +173,7 @@ def statistics(llama: Llama, answer: Answer) -> Table:
     """Lay out what an answer took, measured."""
     store = llama.store
     assert store is not None, "the model is open"
-    prompt = f"{answer.prompt_tokens:,} tokens{_rate(answer.prompt_rate)}"
+    prompt = f"{_tokens(answer.prompt_tokens)}{_rate(answer.prompt_rate)}"
     if answer.reused_tokens:
         prompt += f", {answer.reused_tokens:,} of them reused"
     read = f"{format_bytes(answer.prompt_bytes)} for the prompt"
@@ -205,13 +205,17 @@ def status_line(llama: Llama, answer: Answer) -> str:
 
 
 def _generation(llama: Llama, answer: Answer) -> str:
-    text = f"{answer.tokens:,} tokens{_rate(answer.generation_rate)}"
+    text = f"{_tokens(answer.tokens)}{_rate(answer.generation_rate)}"
     if answer.finish_reason == "interrupted":
         text += ", stopped"
     elif answer.finish_reason == "length":
         full = answer.prompt_tokens + answer.tokens >= llama.n_ctx()
         text += ", cut: the context is full" if full else ", cut at --max-tokens"
     return text
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
 
 
 def _rate(tokens_per_second: float | None) -> str:

@@ -1,0 +1,122 @@
+"""A stand-in for `edgemoe.Llama` that says what it is told: conversations and screens without a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from edgemoe.memory import Budget
+from edgemoe.plan import ExpertPlan, PlanLine
+from edgemoe.store import StoreStats
+
+MIB = 1 << 20
+
+PLAN = ExpertPlan(
+    budget=Budget(100 * MIB, "--ram 100MiB"),
+    lines=(PlanLine("dense weights", 60 * MIB, "every token"), PlanLine("expert arena", 40 * MIB, "half of them")),
+    n_ctx=64,
+    n_ubatch=32,
+    arena_bytes=40 * MIB,
+    floor_budget=70 * MIB + 1,
+    resident_share=0.5,
+    prompt_mode="whole",
+    notes=("A note.",),
+)
+
+Script = Sequence[str | BaseException | Callable[[], None]]
+"""An answer: tokens; an exception is raised in its place, a function called."""
+
+
+class FakeLlama:
+    """Answers from scripts; a token is a word, the template puts each message's role before it.
+
+    Every token evaluated costs a hit and a miss of 1 MiB and, on `clock`, 0.1 s for a prompt token, 0.5 s for others.
+    """
+
+    def __init__(self, *scripts: Script, n_ctx: int = 64, has_chat_template: bool = True) -> None:
+        self.scripts = list(scripts)
+        self.prompts: list[str] = []
+        self.seeds: list[int] = []
+        self.plan = PLAN
+        self.index = SimpleNamespace(path=Path("fake.gguf"), name="fake", has_chat_template=has_chat_template)
+        self.store = SimpleNamespace(stats=self._stats, io="direct", io_reason="it works")
+        self.chat_format = "llama-2"
+        self.input_ids: list[int] = []
+        self.clock = 0.0
+        self.closed = False
+        self._n_ctx = n_ctx
+        self._evaluated = 0
+        self._words: dict[str, int] = {}
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        return [self._words.setdefault(word, len(self._words)) for word in text.decode().split()]
+
+    def create_chat_completion(self, messages: list[dict[str, str]], **options: Any) -> Iterator[dict[str, Any]]:
+        if any("REFUSE" in message["content"] for message in messages):
+            raise ValueError("no such role")
+        text = " ".join(f"{message['role']}: {message['content']}" for message in messages) + " assistant:"
+        chunks = self.create_completion(prompt=self.tokenize(text.encode()), **options)
+        return (
+            {"choices": [{"delta": {"content": c["text"]}, "finish_reason": c["finish_reason"]}]}
+            for chunk in chunks
+            for c in chunk["choices"]
+        )
+
+    def create_completion(
+        self, prompt: list[int], max_tokens: int | None = None, seed: int = 0, **_: Any
+    ) -> Generator[dict[str, Any], None, None]:
+        self.seeds.append(seed)
+        names = list(self._words)
+        self.prompts.append(" ".join(names[token] for token in prompt))
+        known = sum(
+            1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(self.input_ids, prompt, strict=False))
+        )
+        self._evaluate(prompt[known:], 0.1, keep=known)
+        said: list[int] = []
+        for step in self.scripts.pop(0):
+            if isinstance(step, BaseException):
+                raise step
+            if callable(step):
+                step()
+                continue
+            # The token before is evaluated only now, as the real thing does.
+            self._evaluate(said[-1:], 0.5, keep=self.n_tokens)
+            said.append(self._words.setdefault(step, len(self._words)))
+            yield _chunk(step, None)
+            if len(said) == max_tokens or self.n_tokens + 1 == self._n_ctx:
+                yield _chunk("", "length")
+                return
+        self._evaluate(said[-1:], 0.5, keep=self.n_tokens)
+        yield _chunk("", "stop")
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeLlama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _evaluate(self, tokens: list[int], seconds: float, keep: int) -> None:
+        self.input_ids = [*self.input_ids[:keep], *tokens]
+        self._evaluated += len(tokens)
+        self.clock += seconds * len(tokens)
+
+    def _stats(self) -> StoreStats:
+        n = self._evaluated
+        return StoreStats(n, n, 0, n * MIB, 0, 0, 0, 0, 0.0, 0)
+
+
+def _chunk(text: str, finish_reason: str | None) -> dict[str, Any]:
+    return {"choices": [{"text": text, "finish_reason": finish_reason}]}

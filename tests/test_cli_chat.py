@@ -1,0 +1,295 @@
+"""The chat's screens, with a model that answers from a script."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+from fake_llama import MIB, FakeLlama
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from edgemoe import chat
+from edgemoe.cli import main, ui
+from edgemoe.cli.options import ModelOptions
+from edgemoe.cli.terminal_input import TerminalInput
+from edgemoe.errors import StoreError
+
+HELP = """\
+/system TEXT  set the system message; without TEXT remove it
+/reset        forget the conversation
+/plan         show where the memory goes
+/stats        show what the latest answer took
+/help         show this
+/quit         leave, as Ctrl-D does
+Ctrl-C stops an answer, Alt-Enter starts a new line, a blank before / makes it text.
+"""
+
+
+def converse(monkeypatch: pytest.MonkeyPatch, llama: FakeLlama, lines: str, *arguments: str) -> click.testing.Result:
+    """What `edgemoe chat` prints when these lines are piped into it."""
+    monkeypatch.setattr(ModelOptions, "open", lambda *_, **__: llama)
+    monkeypatch.setattr(chat.time, "perf_counter", lambda: llama.clock)
+    monkeypatch.setattr(ui, "current_rss", lambda: 80 * MIB)
+    monkeypatch.setattr(ui, "peak_rss", lambda: 90 * MIB)
+    result = click.testing.CliRunner().invoke(main, ["chat", "fake.gguf", "--seed", "1", *arguments], input=lines)
+    assert llama.closed
+    return result
+
+
+def test_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama(["Fine,", " thanks."], ["Bye."])
+    result = converse(monkeypatch, llama, "How are you?\n\nWell then\n")
+    assert result.exit_code == 0
+    assert result.stdout == "Fine, thanks.\nBye.\n"
+    assert result.output == (
+        "Fine, thanks.\n"
+        "2 tokens, 2.0 tok/s, hit rate 50.0%, RAM 80.0 MiB of 100 MiB (peak 90.0 MiB)\n"
+        "Bye.\n"
+        "1 token, 2.0 tok/s, hit rate 50.0%, RAM 80.0 MiB of 100 MiB (peak 90.0 MiB)\n"
+    )
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama(["Yes."])
+    lines = "/stats\n/help\n/system Be brief.\nReally?\n/stats\n/reset\n/system\n/nonsense\n/plan\n/quit\nnever read\n"
+    result = converse(monkeypatch, llama, lines)
+    assert result.exit_code == 0
+    assert result.stdout == "Yes.\n"
+    assert result.stderr == (
+        "No answer yet.\n"
+        + HELP
+        + "The system message is set.\n"
+        + "1 token, 2.0 tok/s, hit rate 50.0%, RAM 80.0 MiB of 100 MiB (peak 90.0 MiB)\n"
+        + "peak memory  90.0 MiB of 100 MiB\n"
+        + "hit rate     50.0% of 14 expert parts\n"
+        + "prompt       6 tokens, 10.0 tok/s\n"
+        + "generation   1 token, 2.0 tok/s\n"
+        + "read         6.00 MiB for the prompt, then 1.00 MiB for each token\n"
+        + "io           direct: it works\n"
+        + "seed         1\n"
+        + "The conversation is forgotten.\n"
+        + "There is no system message.\n"
+        + "edgemoe: there is no command /nonsense; /help lists them\n"
+        + "dense weights  60.0 MiB  every token\n"
+        + "expert arena   40.0 MiB  half of them\n"
+        + "total           100 MiB  --ram 100MiB\n"
+        + "\n"
+        + "context         64 tokens\n"
+        + "prompt batch    32 tokens, all experts of a batch fit at once\n"
+        + "smallest --ram  71MiB at this context\n"
+        + "\n"
+        + "A note.\n"
+    )
+    assert llama.prompts == ["system: Be brief. user: Really? assistant:"]
+
+
+def test_blank_before_a_slash_makes_it_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama(["A folder."])
+    assert converse(monkeypatch, llama, " /etc\n").stdout == "A folder.\n"
+    assert llama.prompts == ["user: /etc assistant:"]
+
+
+def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["Yes."], has_chat_template=False), "Really?\n", "--quiet")
+    assert (result.stdout, result.stderr) == ("Yes.\n", "")
+
+
+def test_json_is_a_line_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["Yes,", " two\nlines."], ["No."]), "Really?\nNo?\n", "--json")
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert result.stderr == ""
+    assert (first["text"], second["text"]) == ("Yes, two\nlines.", "No.")
+    assert first["finish_reason"] == "stop"
+    assert first["dropped_turns"] == 0
+    assert first["timings"] == {
+        "prompt_tokens": 3,
+        "reused_tokens": 0,
+        "prompt_seconds": pytest.approx(0.3),
+        "prompt_tokens_per_second": pytest.approx(10),
+        "generated_tokens": 2,
+        "generation_seconds": pytest.approx(1),
+        "generated_tokens_per_second": pytest.approx(2),
+    }
+    assert first["stats"] == {
+        "hits": 5,
+        "misses": 5,
+        "hit_rate": 0.5,
+        "prompt_bytes_read": 3 * MIB,
+        "generation_bytes_read": 2 * MIB,
+        "bytes_read_per_token": MIB,
+        "rss_bytes": 80 * MIB,
+        "peak_rss_bytes": 90 * MIB,
+        "budget_bytes": 100 * MIB,
+        "io": "direct",
+        "io_reason": "it works",
+        "seed": 1,
+    }
+
+
+def test_dropped_turns_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama(["a1"], ["a2"], n_ctx=8)
+    result = converse(monkeypatch, llama, "q1\nq2\n")
+    assert result.output.splitlines()[2:4] == ["The context is full: the oldest questions (1) were dropped.", "a2"]
+
+
+def test_full_context_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["a", " b", " c", " d"], n_ctx=5), "q\n")
+    assert result.stderr.startswith("2 tokens, 2.0 tok/s, cut: the context is full, hit rate")
+
+
+def test_model_without_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["Yes."], has_chat_template=False), "Really?\n")
+    assert result.stderr.splitlines()[0] == "fake has no chat template: using the format llama-2."
+
+
+def test_too_long_a_message_ends_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["Yes."], n_ctx=8), "word " * 9 + "\nnever read\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "edgemoe: the prompt has 11 tokens, but the context holds 8 with the answer;"
+        " shorten it or give a larger --ctx\n"
+    )
+
+
+def test_disk_error_keeps_the_text_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["One", " two", StoreError("the disk failed")]), "Count\nnever read\n")
+    assert result.exit_code == 1
+    assert result.stdout == "One two\n"
+    assert result.stderr.splitlines()[-1] == "edgemoe: the disk failed"
+
+
+def test_interrupt_ends_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = converse(monkeypatch, FakeLlama(["One", KeyboardInterrupt()]), "Count\nnever read\n")
+    assert result.exit_code == 130
+    assert result.stdout == "One\n"
+    assert result.stderr.startswith("1 token, stopped, hit rate")
+
+
+def test_message_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama()
+    result = converse(monkeypatch, llama, b"caf\xe9\n")  # type: ignore[arg-type]
+    assert result.exit_code == 1
+    assert result.stderr == "edgemoe: standard input is not UTF-8 text (byte 0xe9 at 3); convert it first\n"
+
+
+def typed(keys: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `TerminalInput` makes of these keys: messages, None for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    read: list[Any] = []
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        monkeypatch.setattr("edgemoe.cli.terminal_input.create_output", lambda **_: DummyOutput())
+        keyboard.send_text(keys)
+        line_input = TerminalInput()
+        while None not in read:
+            try:
+                read.append(line_input())
+            except KeyboardInterrupt:
+                read.append(KeyboardInterrupt)
+    return read
+
+
+def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = "one\rtwo\x1b\rlines\rabandoned\x03\x04"
+    assert typed(keys, tmp_path, monkeypatch) == ["one", "two\nlines", KeyboardInterrupt, None]
+
+
+def test_history_is_private_and_outlives_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed("secret\r\x04", tmp_path, monkeypatch)
+    path = tmp_path / "edgemoe" / "chat_history"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert typed("\x1b[A\r\x04", tmp_path, monkeypatch) == ["secret", None]  # arrow up
+
+
+def test_history_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "edgemoe").write_text("a file where the folder should be")
+    assert typed("one\r\x04", tmp_path, monkeypatch) == ["one", None]
+
+
+ON_A_TERMINAL = """
+import fcntl, os, sys, termios, time
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C comes as a signal
+sys.path.insert(0, sys.argv[1])
+from fake_llama import FakeLlama
+from edgemoe.cli import main
+from edgemoe.cli.options import ModelOptions
+
+llama = FakeLlama(["One", lambda: time.sleep(60), " two"], ["Fine.\\x1b[31m"])
+ModelOptions.open = lambda *_, **__: llama
+main(["chat", "fake.gguf"])
+"""
+
+PROMPT_READY = "\x1b[?2004h"
+"""prompt_toolkit asks for bracketed paste when it begins to read."""
+
+
+class Terminal:
+    """A pseudo-terminal with the chat on its other side."""
+
+    def __init__(self, data: Path) -> None:
+        self._ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        environment = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "XDG_DATA_HOME": str(data)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_A_TERMINAL, str(Path(__file__).parent)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, **environment},
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Everything on the screen since the last call, up to and with this text."""
+        deadline = time.monotonic() + 30
+        while text not in self.seen:
+            assert select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            self.seen += os.read(self._ours, 65536).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+def test_on_a_terminal(tmp_path: Path) -> None:
+    with contextlib.closing(Terminal(tmp_path)) as terminal:
+        terminal.wait_for("fake, 64 tokens of context, 100 MiB of memory. /help lists the commands, Ctrl-D leaves.")
+        terminal.wait_for(PROMPT_READY)
+        terminal.type("count\r")
+        terminal.wait_for("One")
+        terminal.type("\x03")
+        terminal.wait_for("1 token, stopped, hit rate")
+        terminal.wait_for(PROMPT_READY)
+        terminal.type("\x03")
+        terminal.wait_for("Ctrl-D or /quit leaves.")
+        terminal.wait_for(PROMPT_READY)
+        terminal.type("again\r")
+        terminal.wait_for("Fine.")
+        # What a model says is text: the terminal does not turn red.
+        assert terminal.wait_for("1 token, ").startswith("[31m")
+        terminal.wait_for(PROMPT_READY)
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0
