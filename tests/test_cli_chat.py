@@ -230,7 +230,12 @@ from fake_llama import FakeLlama
 from edgemoe.cli import main
 from edgemoe.cli.options import ModelOptions
 
-llama = FakeLlama(["One", lambda: time.sleep(60), " two"], ["Fine.\\x1b[31m"])
+def think():
+    # A single long sleep would miss a signal that comes just before it.
+    for _ in range(3000):
+        time.sleep(0.02)
+
+llama = FakeLlama(["One", think, " two"], ["Fine.\\x1b[31m"])
 ModelOptions.open = lambda *_, **__: llama
 main(["chat", "fake.gguf"])
 """
