@@ -12,6 +12,8 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <iterator>
+#include <mutex>
 #include <utility>
 
 namespace edgemoe {
@@ -30,10 +32,12 @@ int64_t modification_time(const struct stat& info) {
 #endif
 }
 
-// The one loop that handles EINTR and short reads. Returns how much arrived before the end of the file.
-size_t read_fully(int fd, uint64_t offset, std::byte* to, size_t n, const std::string& path) {
+// The one loop that handles EINTR and short reads. Returns how much arrived: less than `needed` only at the end of the
+// file. It does not ask again once `needed` is there, because some file systems refuse an unaligned O_DIRECT read even
+// where there is nothing left to give.
+size_t read_fully(int fd, uint64_t offset, std::byte* to, size_t n, size_t needed, const std::string& path) {
     size_t done = 0;
-    while (done < n) {
+    while (done < needed) {
         const ssize_t got = ::pread(fd, to + done, n - done, static_cast<off_t>(offset + done));
         if (got < 0) {
             if (errno == EINTR) {
@@ -62,7 +66,8 @@ size_t page_size() {
 }
 
 MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
-    fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+    // O_NONBLOCK: opening a pipe must not wait for somebody to write into it.
+    fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd_ < 0) {
         throw SystemError(describe(path_, "opening"));
     }
@@ -71,6 +76,10 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
         const std::string message = describe(path_, "examining");
         ::close(fd_);
         throw SystemError(message);
+    }
+    if (!S_ISREG(info.st_mode)) {
+        ::close(fd_);
+        throw SystemError("opening " + path_ + " failed: not a regular file");
     }
     size_ = static_cast<uint64_t>(info.st_size);
     modified_ns_ = modification_time(info);
@@ -96,18 +105,26 @@ bool MappedFile::open_direct(std::string& why) {
         why = std::string("the file system refuses O_DIRECT (") + std::strerror(errno) + ")";
         return false;
     }
+    struct stat opened{};
+    struct stat now{};
+    if (::fstat(fd_, &opened) != 0 || ::fstat(direct_fd_, &now) != 0 || opened.st_dev != now.st_dev ||
+        opened.st_ino != now.st_ino) {
+        ::close(std::exchange(direct_fd_, -1));
+        why = "the file was replaced by another one while it was being opened";
+        return false;
+    }
     return true;
 }
 
 void MappedFile::read(uint64_t offset, std::byte* to, size_t n) const {
-    const size_t got = read_fully(fd_, offset, to, n, path_);
+    const size_t got = read_fully(fd_, offset, to, n, n, path_);
     if (got < n) {
         throw_short(path_, offset, got, n);
     }
 }
 
 void MappedFile::read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const {
-    const size_t got = read_fully(direct_fd_, offset, to, n, path_);
+    const size_t got = read_fully(direct_fd_, offset, to, n, needed, path_);
     if (got < needed) {
         throw_short(path_, offset, got, needed);
     }
@@ -205,7 +222,6 @@ struct WatchedRange {
 
 WatchedRange watched[256];
 struct sigaction previous_action;
-std::atomic<bool> handler_installed{false};
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
     const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
@@ -213,9 +229,15 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
         const uintptr_t base = range.base.load();
         if (range.size.load() != 0 && address >= base && address < base + range.size.load()) {
             range.faulted = true;
+            const int interrupted_errno = errno;
             void* page = reinterpret_cast<void*>(address / page_size() * page_size());
-            ::mmap(page, page_size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-            return;
+            const void* zeros =
+                ::mmap(page, page_size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            errno = interrupted_errno;
+            if (zeros != MAP_FAILED) {
+                return;
+            }
+            break;  // returning would fault again, for ever
         }
     }
     if ((previous_action.sa_flags & SA_SIGINFO) != 0 && previous_action.sa_sigaction != nullptr) {
@@ -224,20 +246,26 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
         previous_action.sa_handler(signal);
     } else {
         ::signal(signal, SIG_DFL);  // returning runs the instruction again, and this time it kills
+        if (info->si_code <= 0) {   // sent by a process: there is no such instruction
+            ::raise(signal);
+        }
     }
+}
+
+void install_handler() {
+    page_size();  // its static must exist before a signal needs it
+    struct sigaction action{};
+    action.sa_sigaction = on_bus_error;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    ::sigemptyset(&action.sa_mask);
+    ::sigaction(SIGBUS, &action, &previous_action);
 }
 
 }  // namespace
 
 void BusErrorGuard::watch(std::byte* base, size_t n) {
-    if (!handler_installed.exchange(true)) {
-        page_size();  // its static must exist before a signal needs it
-        struct sigaction action{};
-        action.sa_sigaction = on_bus_error;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        ::sigemptyset(&action.sa_mask);
-        ::sigaction(SIGBUS, &action, &previous_action);
-    }
+    static std::once_flag installed;
+    std::call_once(installed, install_handler);
     for (int slot = 0; slot < static_cast<int>(std::size(watched)) && n_slots_ < kMaxRanges; ++slot) {
         uintptr_t free_base = 0;
         if (watched[slot].base.compare_exchange_strong(free_base, reinterpret_cast<uintptr_t>(base))) {

@@ -1,5 +1,7 @@
 #include "read_lanes.h"
 
+#include <system_error>
+
 namespace edgemoe {
 
 namespace {
@@ -24,7 +26,11 @@ void read_one(const ReadJob& job) {
 
 ReadLanes::ReadLanes(int n_lanes) {
     for (int i = 1; i < n_lanes; ++i) {
-        threads_.emplace_back([this] { lane(); });
+        try {
+            threads_.emplace_back([this] { lane(); });
+        } catch (const std::system_error&) {
+            return;  // no more threads to be had; fewer lanes read the same bytes
+        }
     }
 }
 
@@ -58,7 +64,7 @@ void ReadLanes::work(std::unique_lock<std::mutex>& lock) {
         std::string failure;
         try {
             read_one(job);
-        } catch (const SystemError& error) {
+        } catch (const std::exception& error) {
             failure = error.what();
         }
         lock.lock();

@@ -1,0 +1,418 @@
+#include "mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <csignal>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <thread>
+
+#include "check.h"
+#include "resident_pages.h"
+#include "scratch_file.h"
+
+using edgemoe::BusErrorGuard;
+using edgemoe::MappedFile;
+using edgemoe::page_size;
+
+namespace {
+
+// Reserved address space for the length of a test.
+struct Reserved {
+    explicit Reserved(size_t n_pages) : size(n_pages * page_size()), base(edgemoe::reserve_memory(size)) {}
+    ~Reserved() { edgemoe::release_memory(base, size); }
+    Reserved(const Reserved&) = delete;
+    Reserved& operator=(const Reserved&) = delete;
+    std::byte* page(size_t i) const { return base + i * page_size(); }
+
+    const size_t size;
+    std::byte* const base;
+};
+
+bool same(const std::byte* found, const ScratchFile& file, uint64_t offset, size_t n) {
+    return std::memcmp(found, file.bytes().data() + offset, n) == 0;
+}
+
+bool all_zero(const std::byte* found, size_t n) {
+    return std::all_of(found, found + n, [](std::byte byte) { return byte == std::byte{0}; });
+}
+
+uint8_t touch(const std::byte* at) { return *reinterpret_cast<const volatile uint8_t*>(at); }
+
+// How a forked child that runs `body` ends, as waitpid tells it. A child that hangs is ended by SIGALRM.
+template <typename Body>
+int status_of_child(const Body& body) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ::alarm(20);
+        ::close(STDERR_FILENO);  // a sanitizer's report about the wanted crash is no news
+        body();
+        ::_exit(0);
+    }
+    int status = 0;
+    CHECK_EQUAL(::waitpid(child, &status, 0), child);
+    return status;
+}
+
+bool survived(int status) { return WIFEXITED(status) && WEXITSTATUS(status) == 0; }
+bool hung(int status) { return WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM; }
+
+void open_direct_or_skip(MappedFile& file) {
+    std::string why;
+    if (!file.open_direct(why)) {
+        throw check::Skipped(why);
+    }
+}
+
+}  // namespace
+
+// -------- SIGBUS; first, because the chained handler is the one found when the first guard appears
+
+TEST(fault_elsewhere_goes_to_the_earlier_handler) {
+    const ScratchFile file(random_bytes(2 * page_size(), 1));
+    const Reserved watched(1);
+    const Reserved other(2);
+    const int status = status_of_child([&] {
+        struct sigaction action{};
+        action.sa_handler = [](int) { ::_exit(42); };
+        ::sigaction(SIGBUS, &action, nullptr);
+        BusErrorGuard guard;
+        guard.watch(watched.base, watched.size);
+        MappedFile(file.path()).map_over(other.base, 0, other.size);
+        static_cast<void>(::truncate(file.path().c_str(), 0) == 0 && touch(other.base) != 0);
+    });
+    CHECK(WIFEXITED(status));
+    CHECK_EQUAL(WEXITSTATUS(status), 42);
+}
+
+TEST(fault_elsewhere_kills) {
+    const ScratchFile file(random_bytes(2 * page_size(), 1));
+    const Reserved watched(1);
+    const Reserved other(2);
+    const int status = status_of_child([&] {
+        BusErrorGuard guard;
+        guard.watch(watched.base, watched.size);
+        MappedFile(file.path()).map_over(other.base, 0, other.size);
+        static_cast<void>(::truncate(file.path().c_str(), 0) == 0 && touch(other.base) != 0);
+    });
+    CHECK(!survived(status));
+    CHECK(!hung(status));
+}
+
+TEST(sent_signal_kills) {
+    const Reserved watched(1);
+    const int status = status_of_child([&] {
+        BusErrorGuard guard;
+        guard.watch(watched.base, watched.size);
+        ::kill(::getpid(), SIGBUS);
+    });
+    CHECK(!survived(status));
+    CHECK(!hung(status));
+}
+
+TEST(truncated_mapping_is_noted_and_survived) {
+    ScratchFile file(random_bytes(6 * page_size(), 2));
+    const Reserved place(6);
+    const MappedFile mapped(file.path());
+    mapped.map_over(place.base, 0, place.size);
+    BusErrorGuard guard;
+    BusErrorGuard bystander;
+    const Reserved elsewhere(1);
+    guard.watch(place.base, place.size);
+    bystander.watch(elsewhere.base, elsewhere.size);
+    CHECK(same(place.base, file, 0, place.size));
+    CHECK(!guard.faulted());
+
+    file.truncate(2 * page_size());
+    // Several threads run into it at once, as ggml's do. TSan takes mending a page for writing to it, and would call
+    // the threads' meeting on one page a race; under it each has a page of its own.
+#if defined(__SANITIZE_THREAD__)
+    constexpr size_t kPagesEach = 1;
+#else
+    constexpr size_t kPagesEach = 4;
+#endif
+    std::vector<std::thread> readers;
+    std::atomic<int> n_zero{0};
+    for (size_t i = 0; i < 4; ++i) {
+        const std::byte* first = place.page(kPagesEach == 1 ? 2 + i : 2);
+        readers.emplace_back([&, first] { n_zero += all_zero(first, kPagesEach * page_size()) ? 1 : 0; });
+    }
+    for (std::thread& reader : readers) {
+        reader.join();
+    }
+    CHECK_EQUAL(n_zero.load(), 4);
+    CHECK(guard.faulted());
+    CHECK(!bystander.faulted());
+    CHECK(same(place.base, file, 0, 2 * page_size()));
+}
+
+TEST(guard_forgets_its_ranges) {
+    ScratchFile file(random_bytes(2 * page_size(), 3));
+    const Reserved place(2);
+    MappedFile(file.path()).map_over(place.base, 0, place.size);
+    for (int i = 0; i < 1000; ++i) {  // more than there are slots
+        BusErrorGuard guard;
+        guard.watch(place.base, place.size);
+        CHECK(!guard.faulted());
+    }
+    file.truncate(0);
+    const int status = status_of_child([&] { static_cast<void>(touch(place.base)); });
+    CHECK(!survived(status));
+}
+
+TEST(too_many_ranges_are_refused) {
+    const Reserved places(40);
+    BusErrorGuard guard;
+    CHECK_REFUSED(for (size_t i = 0; i < 40; ++i) { guard.watch(places.page(i), page_size()); }, "too many models");
+}
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+TEST(fault_that_cannot_be_mended_kills_instead_of_hanging) {
+    size_t limit = 0;
+    std::ifstream("/proc/sys/vm/max_map_count") >> limit;
+    if (limit == 0 || limit > 300000) {
+        throw check::Skipped("the limit of memory areas is unknown or large");
+    }
+    const ScratchFile file(random_bytes(3 * page_size(), 4));
+    const Reserved place(3);
+    const Reserved crowd(2 * limit);
+    const int status = status_of_child([&] {
+        MappedFile(file.path()).map_over(place.base, 0, place.size);
+        BusErrorGuard guard;
+        guard.watch(place.base, place.size);
+        size_t i = 0;
+        while (::mprotect(crowd.page(2 * i), page_size(), PROT_NONE) == 0) {
+            ++i;
+        }
+        static_cast<void>(::truncate(file.path().c_str(), 0) == 0 && touch(place.page(1)) != 0);
+    });
+    CHECK(!survived(status));
+    CHECK(!hung(status));
+}
+#endif
+
+// -------- reading
+
+TEST(reads_are_exact) {
+    const ScratchFile file(random_bytes(3 * page_size() + 123, 5));
+    const MappedFile mapped(file.path());
+    CHECK_EQUAL(mapped.size(), file.bytes().size());
+    CHECK_EQUAL(mapped.path(), file.path());
+    std::mt19937 random(6);
+    for (int i = 0; i < 300; ++i) {
+        const size_t offset = random() % file.bytes().size();
+        const size_t n = random() % (file.bytes().size() - offset + 1);
+        Bytes to(n + 2, std::byte{0xa5});
+        mapped.read(offset, to.data() + 1, n);
+        CHECK(same(to.data() + 1, file, offset, n));
+        CHECK(to.front() == std::byte{0xa5} && to.back() == std::byte{0xa5});
+    }
+}
+
+TEST(short_read_names_file_and_place) {
+    ScratchFile file(random_bytes(1000, 7));
+    const MappedFile mapped(file.path());
+    Bytes to(1000);
+    CHECK_REFUSED(mapped.read(500, to.data(), 501), file.path());
+    file.truncate(600);
+    CHECK_REFUSED(mapped.read(500, to.data(), 101), file.path() + " at byte 500 gave 100 bytes of 101");
+    mapped.read(500, to.data(), 100);
+    CHECK(same(to.data(), file, 500, 100));
+}
+
+TEST(missing_file_is_named) {
+    CHECK_REFUSED(MappedFile("no-such-file.gguf"), "no-such-file.gguf");
+    CHECK_REFUSED(MappedFile("no-such-file.gguf"), std::strerror(ENOENT));
+}
+
+TEST(directory_and_pipe_are_refused) {
+    CHECK_REFUSED(MappedFile("."), "not a regular file");
+    const std::string pipe = "scratch-pipe-" + std::to_string(::getpid());
+    CHECK_EQUAL(::mkfifo(pipe.c_str(), 0600), 0);
+    const int status = status_of_child([&] {
+        try {
+            const MappedFile never(pipe);
+        } catch (const edgemoe::SystemError&) {
+            ::_exit(42);
+        }
+    });
+    ::unlink(pipe.c_str());
+    CHECK(WIFEXITED(status));
+    CHECK_EQUAL(WEXITSTATUS(status), 42);
+}
+
+TEST(direct_reads_with_a_partial_last_page) {
+    ScratchFile file(random_bytes(3 * page_size() + 123, 8));
+    MappedFile mapped(file.path());
+    open_direct_or_skip(mapped);
+    const Reserved to(4);
+    mapped.read_direct(0, to.base, 4 * page_size(), file.bytes().size());
+    CHECK(same(to.base, file, 0, file.bytes().size()));
+    CHECK(all_zero(to.base + file.bytes().size(), to.size - file.bytes().size()));
+    mapped.read_direct(3 * page_size(), to.base, page_size(), 123);
+    CHECK(same(to.base, file, 3 * page_size(), 123));
+    CHECK_REFUSED(mapped.read_direct(3 * page_size(), to.base, page_size(), 124), file.path());
+    file.truncate(page_size());
+    CHECK_REFUSED(mapped.read_direct(0, to.base, 2 * page_size(), page_size() + 1), "the file has become shorter");
+}
+
+TEST(direct_descriptor_of_another_file_is_refused) {
+    const ScratchFile file(random_bytes(page_size(), 9));
+    MappedFile mapped(file.path());
+    {
+        MappedFile probe(file.path());
+        open_direct_or_skip(probe);
+    }
+    // Somebody puts another file there between the two openings.
+    const ScratchFile other(random_bytes(page_size(), 10));
+    CHECK_EQUAL(std::rename(other.path().c_str(), file.path().c_str()), 0);
+    std::string why;
+    CHECK(!mapped.open_direct(why));
+    CHECK(why.find("replaced") != std::string::npos);
+}
+
+// -------- changes of the file
+
+TEST(unchanged_file_is_unchanged) {
+    const ScratchFile file(random_bytes(100, 11));
+    const MappedFile mapped(file.path());
+    mapped.check_unchanged();
+}
+
+TEST(truncation_growth_rewriting_and_touching_are_noticed) {
+    ScratchFile file(random_bytes(3000, 12));
+    const MappedFile mapped(file.path());
+    file.truncate(2999);
+    file.set_modified(1000000000);  // its size alone gives it away
+    CHECK_REFUSED(mapped.check_unchanged(), file.path());
+    CHECK_REFUSED(mapped.check_unchanged(), "3000 bytes when opened, now 2999");
+    file.restore();
+    mapped.check_unchanged();
+    file.overwrite(3000, random_bytes(1, 13));
+    file.set_modified(1000000000);
+    CHECK_REFUSED(mapped.check_unchanged(), file.path());
+    file.restore();
+    file.overwrite(1000, random_bytes(10, 14));
+    CHECK_REFUSED(mapped.check_unchanged(), file.path());
+    file.restore();
+    file.set_modified(1000000001);
+    CHECK_REFUSED(mapped.check_unchanged(), file.path());
+    file.restore();
+    mapped.check_unchanged();
+}
+
+TEST(renaming_over_the_file_is_harmless) {
+    const ScratchFile file(random_bytes(5000, 15));
+    const ScratchFile other(random_bytes(400, 16));
+    const MappedFile mapped(file.path());
+    CHECK_EQUAL(std::rename(other.path().c_str(), file.path().c_str()), 0);
+    mapped.check_unchanged();
+    Bytes to(5000);
+    mapped.read(0, to.data(), to.size());
+    CHECK(same(to.data(), file, 0, to.size()));
+}
+
+// -------- memory
+
+TEST(mapping_over_a_place_shows_the_file) {
+    const ScratchFile file(random_bytes(8 * page_size() + 77, 17));
+    const MappedFile mapped(file.path());
+    const Reserved place(10);
+    std::memset(place.base, 0x5a, place.size);
+    mapped.map_over(place.page(1), 0, 2 * page_size());
+    mapped.map_over(place.page(4), 3 * page_size(), page_size());
+    mapped.map_over(place.page(8), 8 * page_size(), page_size());
+    CHECK(same(place.page(1), file, 0, 2 * page_size()));
+    CHECK(same(place.page(4), file, 3 * page_size(), page_size()));
+    CHECK(same(place.page(8), file, 8 * page_size(), 77));
+    CHECK(all_zero(place.page(8) + 77, page_size() - 77));
+    for (const size_t untouched : {0, 3, 5, 6, 7, 9}) {
+        CHECK(place.page(untouched)[0] == std::byte{0x5a} && place.page(untouched)[page_size() - 1] == std::byte{0x5a});
+    }
+}
+
+TEST(mapping_again_gives_memory_back_and_leaves_one_area) {
+    const ScratchFile file(random_bytes(64 * page_size(), 18));
+    const MappedFile mapped(file.path());
+    const Reserved place(64);
+    mapped.map_over(place.base, 0, place.size);
+    CHECK_EQUAL(count_resident(place.base, place.size), 0U);
+    edgemoe::populate(place.base, place.size, file.path());
+    CHECK_EQUAL(count_resident(place.base, place.size), 64U);
+    CHECK(same(place.base, file, 0, place.size));
+    for (size_t i = 0; i < 64; i += 2) {
+        mapped.map_over(place.page(i), i * page_size(), page_size());
+    }
+    CHECK_EQUAL(count_resident(place.base, place.size), 32U);
+    CHECK_EQUAL(memory_areas(place.base, place.size).size(), 1U);
+    CHECK(same(place.base, file, 0, place.size));
+}
+
+TEST(populating_a_file_that_became_shorter_is_refused) {
+    ScratchFile file(random_bytes(8 * page_size(), 19));
+    const MappedFile mapped(file.path());
+    const Reserved place(8);
+    mapped.map_over(place.base, 0, place.size);
+    BusErrorGuard guard;  // for kernels where the pages have to be touched
+    guard.watch(place.base, place.size);
+    file.truncate(3 * page_size());
+    try {
+        edgemoe::populate(place.base, place.size, file.path());
+    } catch (const edgemoe::SystemError& error) {
+        CHECK(std::string(error.what()).find(file.path()) != std::string::npos);
+        return;
+    }
+    CHECK(guard.faulted());
+}
+
+TEST(reserving_costs_nothing_and_reads_as_zero) {
+    const Reserved place(1 << 14);
+    CHECK_EQUAL(count_resident(place.base, place.size), 0U);
+    place.page(7)[3] = std::byte{1};
+    CHECK_EQUAL(count_resident(place.base, 64 * page_size()), 1U);
+    CHECK(all_zero(place.page(8), 16 * page_size()));
+}
+
+TEST(discarding_gives_whole_pages_back) {
+    const Reserved place(8);
+    std::memset(place.base, 0x77, place.size);
+    edgemoe::discard(place.page(2), 3 * page_size());
+    CHECK_EQUAL(count_resident(place.base, place.size), 5U);
+    for (size_t i = 0; i < 8; ++i) {
+        const bool discarded = i >= 2 && i < 5;
+        CHECK(place.page(i)[0] == (discarded ? std::byte{0} : std::byte{0x77}));
+        CHECK(place.page(i)[page_size() - 1] == (discarded ? std::byte{0} : std::byte{0x77}));
+    }
+}
+
+TEST(small_pages_are_asked_of_the_kernel) {
+    if (::access("/sys/kernel/mm/transparent_hugepage/enabled", R_OK) != 0) {
+        throw check::Skipped("a kernel without transparent huge pages");
+    }
+    const Reserved place(1024);
+    edgemoe::use_small_pages(place.page(256), 512 * page_size());
+    const std::vector<std::string> areas = memory_areas(place.page(256), 512 * page_size());
+    CHECK_EQUAL(areas.size(), 1U);
+    CHECK(areas.front().find(" nh") != std::string::npos);
+}
+
+TEST(reserving_the_impossible_is_refused) {
+    CHECK_REFUSED(edgemoe::reserve_memory(size_t{1} << 62), std::to_string(size_t{1} << 62));
+}
+
+TEST(forgetting_leaves_the_bytes) {
+    const ScratchFile file(random_bytes(4 * page_size(), 20));
+    const MappedFile mapped(file.path());
+    mapped.forget(0, 0);
+    mapped.forget(page_size(), page_size());
+    Bytes to(file.bytes().size());
+    mapped.read(0, to.data(), to.size());
+    CHECK(same(to.data(), file, 0, to.size()));
+}
