@@ -50,7 +50,8 @@ int ExpertStore::add_tensor(TensorSpec spec) {
     tensor.spec = std::move(spec);
     const int id = static_cast<int>(tensors_.size());
     if (tensor.spec.n_expert > 0) {
-        if (tensor.spec.layer < 0 || tensor.spec.n_bytes % static_cast<uint64_t>(tensor.spec.n_expert) != 0) {
+        if (tensor.spec.layer < 0 || tensor.spec.n_bytes == 0 ||
+            tensor.spec.n_bytes % static_cast<uint64_t>(tensor.spec.n_expert) != 0) {
             throw SystemError(tensor.spec.name + " cannot be divided into " + std::to_string(tensor.spec.n_expert) +
                               " experts");
         }
@@ -71,16 +72,13 @@ int ExpertStore::add_tensor(TensorSpec spec) {
 
 void ExpertStore::number_entries() {
     entries_.clear();
-    int max_expert = 0;
     for (size_t l = 0; l < layers_.size(); ++l) {
         layers_[l].first_entry = static_cast<int32_t>(entries_.size());
-        max_expert = std::max(max_expert, layers_[l].n_expert);
         Entry entry;
         entry.layer = static_cast<int32_t>(l);
         entries_.insert(entries_.end(), layers_[l].n_expert, entry);
     }
     order_.resize(static_cast<int32_t>(entries_.size()));
-    wanted_.assign(max_expert, 0);
 }
 
 bool ExpertStore::probe_direct(const std::string& path, uint64_t offset, std::string& why) {
@@ -155,6 +153,7 @@ void ExpertStore::read_dense(int id, std::byte* to) {
             {&file, start + at, to - slack + at, n, std::min(n, needed - at), direct ? Io::direct : Io::pread});
     }
     lanes_.run(jobs_);
+    file.check_unchanged();
     dense_bytes_ += spec.n_bytes;
 }
 
@@ -228,84 +227,115 @@ void ExpertStore::release() {
     pinned_.clear();
 }
 
-void ExpertStore::acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
-    release();
-    const Layer& in = layers_.at(layer);
-    // Pin all of the request before anything is evicted for a part of it.
+void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
+    if (n_parts(layer) == 0) {
+        throw SystemError("layer " + std::to_string(layer) + " was asked for experts, but the model has none there");
+    }
+    const Layer& in = layers_[layer];
     for (const int32_t expert : experts) {
         if (expert < 0 || expert >= in.n_expert) {
             throw SystemError("layer " + std::to_string(layer) + " asked for expert " + std::to_string(expert) +
                               " of " + std::to_string(in.n_expert) + ": the router's output is not what it should be");
         }
-        if (wanted_[expert] == 0) {
-            wanted_[expert] = 1;
-            const int32_t entry = in.first_entry + expert;
+    }
+    for (const int id : in.tensors) {
+        if ((parts >> tensors_[id].part & 1) != 0 && tensors_[id].data == nullptr) {
+            throw SystemError(tensors_[id].spec.name + " is in the model file, but llama.cpp gave it no memory");
+        }
+    }
+}
+
+void ExpertStore::check_files(const Layer& layer) const {
+    for (const int id : layer.tensors) {
+        files_[tensors_[id].spec.file]->check_unchanged();
+    }
+}
+
+void ExpertStore::acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
+    release();
+    check_request(layer, parts, experts);
+    const Layer& in = layers_[layer];
+    // Pin all of the request before anything is evicted for a part of it.
+    for (const int32_t expert : experts) {
+        const int32_t entry = in.first_entry + expert;
+        if (entries_[entry].pinned == 0) {
             entries_[entry].pinned = static_cast<uint8_t>(parts);
             pinned_.push_back(entry);
             order_.touch(entry);
         }
     }
     jobs_.clear();
-    std::vector<std::pair<int32_t, uint32_t>> added;
+    std::vector<std::pair<int32_t, int>> added;
     std::string failure;
     try {
         for (const int32_t entry : pinned_) {
-            const int expert = entry - in.first_entry;
-            wanted_[expert] = 0;
-            const uint32_t missing = parts & static_cast<uint32_t>(~entries_[entry].resident);
-            for (size_t part = 0; part < in.tensors.size(); ++part) {
+            for (const int id : in.tensors) {
+                const int part = tensors_[id].part;
                 if ((parts >> part & 1) == 0) {
                     continue;
                 }
-                if ((missing >> part & 1) == 0) {
+                if ((entries_[entry].resident >> part & 1) != 0) {
                     ++hits_;
                     continue;
                 }
                 ++misses_;
-                const Tensor& tensor = tensors_[in.tensors[part]];
-                make_room(tensor, expert);
-                resident_bytes_ += exclusive_pages(tensor, expert).bytes();
-                entries_[entry].resident |= static_cast<uint8_t>(1U << part);
-                ++layers_[layer].resident_slabs;
-                added.emplace_back(entry, 1U << part);
-                plan_read(tensor, expert);
+                make_room(tensors_[id], entry - in.first_entry);
+                added.emplace_back(entry, part);
+                add(entry, part);
             }
         }
         peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
         if (!jobs_.empty()) {
             const uint64_t started = now_ns();
-            for (const int id : in.tensors) {
-                files_[tensors_[id].spec.file]->check_unchanged();
-            }
+            check_files(in);
             lanes_.run(jobs_);
+            check_files(in);  // what was read while somebody wrote is worth nothing
             read_ns_ += now_ns() - started;
+            for (const ReadJob& job : jobs_) {
+                bytes_read_ += job.n;
+            }
         }
         check_mapping();
-    } catch (const SystemError& error) {
+    } catch (const std::exception& error) {
         failure = error.what();
     }
     if (!failure.empty()) {
-        std::fill(wanted_.begin(), wanted_.end(), uint8_t{0});
         release();
         for (const auto& [entry, part] : added) {
-            drop(entry, part);
+            drop(entry, 1U << part);
         }
         throw SystemError(failure);
     }
 }
 
-void ExpertStore::plan_read(const Tensor& tensor, int expert) {
+// Counts a slab as resident and plans the reading of what it lacks.
+void ExpertStore::add(int32_t entry, int part) {
+    Layer& layer = layers_[entries_[entry].layer];
+    const Tensor& tensor = tensors_[layer.tensors[part]];
+    const int expert = entry - layer.first_entry;
+    const Pages missing = exclusive_pages(tensor, expert);
+    resident_bytes_ += missing.bytes();
+    entries_[entry].resident |= static_cast<uint8_t>(1U << part);
+    ++layer.resident_slabs;
+    plan_read(tensor, expert, missing);
+}
+
+// Pages that a resident neighbour holds are not read again: no two jobs write to the same page.
+void ExpertStore::plan_read(const Tensor& tensor, int expert, Pages missing) {
     const MappedFile& file = *files_[tensor.spec.file];
-    const uint64_t begin = tensor.spec.offset + static_cast<uint64_t>(expert) * tensor.slab_bytes;
+    uint64_t begin = tensor.spec.offset + static_cast<uint64_t>(expert) * tensor.slab_bytes;
+    uint64_t n_bytes = tensor.slab_bytes;
     std::byte* to = tensor.data + static_cast<uint64_t>(expert) * tensor.slab_bytes;
-    const uint64_t slack = io_ == Io::pread ? 0 : begin % page_size();
-    const uint64_t needed = tensor.slab_bytes + slack;
-    const uint64_t whole = io_ == Io::pread ? needed : page_ceil(needed);
-    for (uint64_t at = 0; at < whole; at += kReadPiece) {
-        const uint64_t n = std::min<uint64_t>(kReadPiece, whole - at);
-        jobs_.push_back({&file, begin - slack + at, to - slack + at, n, std::min(n, needed - at), io_});
+    if (io_ != Io::pread) {
+        begin = file_offset(tensor, missing.first);
+        n_bytes = missing.bytes();
+        to = as_pointer<std::byte>(missing.first);
     }
-    bytes_read_ += whole;
+    for (uint64_t at = 0; at < n_bytes; at += kReadPiece) {
+        const uint64_t n = std::min<uint64_t>(kReadPiece, n_bytes - at);
+        // All of a page that the file has, since a neighbour may rely on the rest of it.
+        jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_});
+    }
 }
 
 void ExpertStore::make_room(const Tensor& tensor, int expert) {
@@ -337,7 +367,8 @@ void ExpertStore::drop(int32_t entry, uint32_t parts) {
             drop_pages(tensor, expert);
         }
     }
-    if (entries_[entry].resident == 0) {
+    // A pinned entry is about to get other parts: it has to stay a victim for later.
+    if (entries_[entry].resident == 0 && entries_[entry].pinned == 0) {
         order_.remove(entry);
     }
 }
@@ -347,20 +378,29 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
     if (pages.bytes() == 0) {
         return;
     }
+    resident_bytes_ -= pages.bytes();
     std::byte* base = as_pointer<std::byte>(pages.first);
     if (io_ == Io::mmap) {
         const MappedFile& file = *files_[tensor.spec.file];
-        const auto offset =
-            page_floor(tensor.spec.offset) + (pages.first - page_floor(reinterpret_cast<uintptr_t>(tensor.data)));
+        const uint64_t offset = file_offset(tensor, pages.first);
         file.map_over(base, offset, pages.bytes());
         file.forget(offset, pages.bytes());
     } else {
         discard(base, pages.bytes());
     }
-    resident_bytes_ -= pages.bytes();
+}
+
+uint64_t ExpertStore::file_offset(const Tensor& tensor, uintptr_t page) const {
+    return page_floor(tensor.spec.offset) + (page - page_floor(reinterpret_cast<uintptr_t>(tensor.data)));
 }
 
 void ExpertStore::check_mapping() const {
+    if (io_ != Io::mmap) {
+        return;
+    }
+    for (const auto& file : files_) {
+        file->check_unchanged();
+    }
     if (guard_.faulted()) {
         throw SystemError("the model file became shorter while it was mapped; its experts can no longer be trusted");
     }

@@ -7,8 +7,8 @@
 //
 // Contract
 // - A place is congruent to the tensor's file offset modulo the page size, so file pages land on memory pages and no
-//   byte is copied. Neighbouring slabs may share a boundary page; both hold the same file bytes, so reading one again
-//   over the other changes nothing, and a page goes back to the system only when no resident slab needs it.
+//   byte is copied. Neighbouring slabs may share a boundary page: it is read with the first of them, never written
+//   while one of them is resident (pread writes only its own slab's bytes), and goes back to the system with the last.
 // - After `acquire` returns, the bytes of the asked slabs are in place and stay there until the next `acquire` or
 //   `release`. It throws SystemError when they cannot be had; nothing half-read counts as resident afterwards.
 // - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met.
@@ -46,7 +46,7 @@ struct StoreStats {
     uint64_t hits = 0;            // slabs asked for and already resident
     uint64_t misses = 0;          // slabs that had to be read
     uint64_t evictions = 0;       // slabs dropped for others
-    uint64_t bytes_read = 0;      // expert bytes from disk (whole pages in direct and mmap mode)
+    uint64_t bytes_read = 0;      // expert bytes that arrived from disk (whole pages in direct and mmap mode)
     uint64_t dense_bytes = 0;     // bytes of the other tensors read so far
     uint64_t resident_bytes = 0;  // pages held by resident slabs
     uint64_t peak_bytes = 0;      // their maximum so far
@@ -90,7 +90,8 @@ class ExpertStore {
     uint64_t arena_bytes() const { return arena_bytes_; }
     Io io() const { return io_; }
     int n_lanes() const { return lanes_.size(); }
-    void check_mapping() const;  // throws if a mapped page vanished since the last check
+    // In mmap mode, where resident experts are the file's own pages: throws if the file has changed or a page vanished.
+    void check_mapping() const;
 
    private:
     struct Tensor {
@@ -121,7 +122,11 @@ class ExpertStore {
     void make_room(const Tensor& tensor, int expert);
     void drop(int32_t entry, uint32_t parts);
     void drop_pages(const Tensor& tensor, int expert);
-    void plan_read(const Tensor& tensor, int expert);
+    uint64_t file_offset(const Tensor& tensor, uintptr_t page) const;
+    void check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
+    void check_files(const Layer& layer) const;
+    void add(int32_t entry, int part);
+    void plan_read(const Tensor& tensor, int expert, Pages missing);
     void number_entries();
 
     const Io io_;
@@ -131,7 +136,6 @@ class ExpertStore {
     std::vector<Layer> layers_;
     std::vector<Entry> entries_;
     std::vector<int32_t> pinned_;
-    std::vector<uint8_t> wanted_;  // scratch: expert already seen in this request
     std::vector<ReadJob> jobs_;
     LeastRecentlyUsed order_;
     BusErrorGuard guard_;

@@ -1,0 +1,131 @@
+// The contract of expert_store.h in its plainest form: sets, lists and a count for every page. No memory, no files.
+#pragma once
+
+#include <algorithm>
+#include <list>
+#include <map>
+#include <set>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "tiny_model.h"
+
+class ReferenceStore {
+   public:
+    using Slab = std::tuple<int, size_t, int>;  // layer, part, expert
+    using Page = std::pair<size_t, uint64_t>;   // tensor, page number in its file
+
+    ReferenceStore(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes)
+        : model_(model), io_(io), arena_bytes_(arena_bytes) {}
+
+    // False: the request cannot be met.
+    bool acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
+        std::vector<int32_t> distinct;
+        for (const int32_t expert : experts) {
+            if (std::find(distinct.begin(), distinct.end(), expert) == distinct.end()) {
+                distinct.push_back(expert);
+                order_.remove({layer, expert});
+                order_.emplace_back(layer, expert);
+            }
+        }
+        const auto pinned = [&](const Slab& slab) {
+            const auto [of_layer, part, expert] = slab;
+            return of_layer == layer && (parts >> part & 1) != 0 &&
+                   std::find(distinct.begin(), distinct.end(), expert) != distinct.end();
+        };
+        std::vector<Slab> added;
+        uint64_t to_read = 0;
+        for (const int32_t expert : distinct) {
+            for (size_t part = 0; part < model_.layers[static_cast<size_t>(layer)].slab_bytes.size(); ++part) {
+                const Slab slab{layer, part, expert};
+                if ((parts >> part & 1) == 0) {
+                    continue;
+                }
+                if (resident.count(slab) != 0) {
+                    ++stats.hits;
+                    continue;
+                }
+                ++stats.misses;
+                while (resident_bytes() + growth(slab) > arena_bytes_) {
+                    if (!evict_oldest(pinned)) {
+                        for (const Slab& undone : added) {
+                            remove(undone);
+                        }
+                        return false;
+                    }
+                }
+                to_read += io_ == edgemoe::Io::pread ? model_.slab_bytes(layer, part) : growth(slab);
+                add(slab);
+                added.push_back(slab);
+            }
+        }
+        stats.bytes_read += to_read;
+        stats.peak_bytes = std::max(stats.peak_bytes, resident_bytes());
+        return true;
+    }
+
+    uint64_t resident_bytes() const { return pages.size() * edgemoe::page_size(); }
+
+    std::set<Slab> resident;
+    std::map<Page, int> pages;  // how many resident slabs need it
+    edgemoe::StoreStats stats;
+
+   private:
+    std::vector<Page> pages_of(const Slab& slab) const {
+        const auto [layer, part, expert] = slab;
+        const size_t id = model_.id_of(layer, part);
+        const uint64_t n = model_.slab_bytes(layer, part);
+        const uint64_t begin = model_.tensors[id].offset + static_cast<uint64_t>(expert) * n;
+        std::vector<Page> needed;
+        for (uint64_t page = begin / edgemoe::page_size(); page * edgemoe::page_size() < begin + n; ++page) {
+            needed.emplace_back(id, page);
+        }
+        return needed;
+    }
+    uint64_t growth(const Slab& slab) const {
+        uint64_t n_new = 0;
+        for (const Page& page : pages_of(slab)) {
+            n_new += pages.count(page) == 0 ? 1 : 0;
+        }
+        return n_new * edgemoe::page_size();
+    }
+    void add(const Slab& slab) {
+        resident.insert(slab);
+        for (const Page& page : pages_of(slab)) {
+            ++pages[page];
+        }
+    }
+    void remove(const Slab& slab) {
+        resident.erase(slab);
+        for (const Page& page : pages_of(slab)) {
+            if (--pages[page] == 0) {
+                pages.erase(page);
+            }
+        }
+    }
+    // Of the entry that was not asked for longest, everything that this request does not need.
+    template <typename Pinned>
+    bool evict_oldest(const Pinned& pinned) {
+        for (const auto& [layer, expert] : order_) {
+            bool any = false;
+            for (size_t part = 0; part < edgemoe::kMaxParts; ++part) {
+                const Slab slab{layer, part, expert};
+                if (resident.count(slab) != 0 && !pinned(slab)) {
+                    remove(slab);
+                    ++stats.evictions;
+                    any = true;
+                }
+            }
+            if (any) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+    const TinyModel& model_;
+    const edgemoe::Io io_;
+    const uint64_t arena_bytes_;
+    std::list<std::pair<int, int32_t>> order_;
+};
