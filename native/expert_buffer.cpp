@@ -30,22 +30,18 @@ ExpertBuffer::ExpertBuffer(ExpertStore& store, const ggml::Api& api) : store_(st
 
 ggml::Buffer* ExpertBuffer::alloc_buffer(ggml::BufferType* type, size_t size) {
     ExpertBuffer* self = owner_of(type);
-    auto region = std::make_unique<Region>(Region{self, nullptr, page_ceil(size + page_size())});
+    std::unique_ptr<Region> region;
     try {
-        region->base = reserve_memory(region->size);
+        region = std::make_unique<Region>(self, page_ceil(size + page_size()));
         if (self->store_.io() == Io::mmap) {
             self->store_.watch(region->base, region->size);
         }
-    } catch (const SystemError& error) {
+    } catch (const std::exception& error) {
         self->failure_ = error.what();
         return nullptr;
     }
     ggml::BufferInterface iface{};
-    iface.free_buffer = [](ggml::Buffer* buffer) {
-        auto* freed = static_cast<Region*>(buffer->context);
-        release_memory(freed->base, freed->size);
-        delete freed;
-    };
+    iface.free_buffer = [](ggml::Buffer* buffer) { delete static_cast<Region*>(buffer->context); };
     iface.get_base = [](ggml::Buffer* buffer) -> void* { return static_cast<Region*>(buffer->context)->base; };
     iface.init_tensor = init_tensor;
     iface.memset_tensor = [](ggml::Buffer*, ggml::Tensor* tensor, uint8_t value, size_t offset, size_t n) {
@@ -73,7 +69,7 @@ int ExpertBuffer::init_tensor(ggml::Buffer* buffer, ggml::Tensor* tensor) {
     try {
         self->adopt(tensor);
         return ggml::kStatusSuccess;
-    } catch (const SystemError& error) {
+    } catch (const std::exception& error) {  // nothing may pass through ggml's C frames
         self->failure_ = error.what();
         return ggml::kStatusFailed;
     }

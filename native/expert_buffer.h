@@ -33,9 +33,14 @@ class ExpertBuffer {
 
    private:
     struct Region {
-        ExpertBuffer* owner;
-        std::byte* base;
-        uint64_t size;
+        Region(ExpertBuffer* owner, uint64_t size) : owner(owner), size(size), base(reserve_memory(size)) {}
+        ~Region() { release_memory(base, size); }
+        Region(const Region&) = delete;
+        Region& operator=(const Region&) = delete;
+
+        ExpertBuffer* const owner;
+        const uint64_t size;
+        std::byte* const base;
     };
 
     static ggml::Buffer* alloc_buffer(ggml::BufferType* type, size_t size);

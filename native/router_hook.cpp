@@ -48,9 +48,9 @@ bool RouterHook::before_node(ggml::Tensor* node) {
         const int id = buffer_.expert_tensor(node->src[0]);
         if (id >= 0) {
             const int layer = store_.tensor(id).layer;
-            if (stages_left_ > 0 && layer == served_layer_) {
+            if (staged_ && layer == served_layer_) {
+                // Each user of experts is computed at once, so none of those asked about earlier still needs its own.
                 store_.acquire(layer, 1U << store_.part_of(id), ids_);
-                --stages_left_;
                 return true;
             }
             if (layer != served_layer_ && !store_.settled(layer)) {
@@ -59,9 +59,6 @@ bool RouterHook::before_node(ggml::Tensor* node) {
                 return true;
             }
         }
-    }
-    if (stages_left_ > 0) {
-        return true;  // stop after every node, so that each MUL_MAT_ID is met with all before it computed
     }
     const int layer = top_k_layer(node->name);
     const int n_parts = layer < 0 ? 0 : store_.n_parts(layer);
@@ -88,12 +85,11 @@ bool RouterHook::after_node(ggml::Tensor* node) {
     read_ids(node);
     served_layer_ = layer;
     const uint32_t all_parts = (1U << n_parts) - 1;
-    if (store_.fits(layer, all_parts, ids_)) {
-        stages_left_ = 0;
-        store_.acquire(layer, all_parts, ids_);
-    } else {
-        stages_left_ = n_parts;
+    staged_ = !store_.fits(layer, all_parts, ids_);
+    if (staged_) {
         ++staged_layers_;
+    } else {
+        store_.acquire(layer, all_parts, ids_);
     }
     return true;
 }
@@ -112,8 +108,12 @@ void RouterHook::read_ids(const ggml::Tensor* ids) {
 }
 
 void RouterHook::begin() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        failure_.clear();
+    }
     stop_ = false;
-    stages_left_ = 0;
+    staged_ = false;
     served_layer_ = -1;
 }
 
@@ -125,10 +125,15 @@ void RouterHook::fail(const std::string& what) {
         failure_ = what;
     }
     stop_ = true;
-    stages_left_ = 0;
 }
 
 std::string RouterHook::take_failure() {
+    // A resident model is computed without a single acquire, and its mapped pages can still be lost.
+    try {
+        store_.check_mapping();
+    } catch (const SystemError& error) {
+        fail(error.what());
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
     return std::exchange(failure_, {});
 }

@@ -2,8 +2,8 @@
 //
 // llama.cpp calls it for every node of the graph (llama_context_params.cb_eval). A layer's node `ffn_moe_topk-<layer>`
 // holds the selected ids; the computation stops there for a moment. Usually all the selected experts' slabs are then
-// acquired at once. When a prompt batch selects more than the arena holds, the hook instead steps node by node and
-// acquires each expert tensor's share right before the MUL_MAT_ID that needs it.
+// acquired at once. When a prompt batch selects more than the arena holds, the hook instead acquires each expert
+// tensor's share right before the MUL_MAT_ID that needs it.
 //
 // A failure aborts the graph and is kept for `take_failure`: the caller must ask after each llama_decode.
 #pragma once
@@ -45,7 +45,7 @@ class RouterHook {
     const ggml::Api& api_;
     std::vector<int32_t> ids_;
     int served_layer_ = -1;  // ids_ and the pinned slabs belong to this layer
-    int stages_left_ = 0;    // > 0: expert tensors of served_layer_ still to be acquired one by one
+    bool staged_ = false;    // the expert tensors of served_layer_ are acquired one by one
     std::atomic<bool> stop_{false};
     std::atomic<uint64_t> staged_layers_{0};
     std::mutex mutex_;

@@ -1,0 +1,358 @@
+#include "router_hook.h"
+
+#include <atomic>
+#include <thread>
+
+#include "check.h"
+#include "fake_ggml.h"
+#include "tiny_model.h"
+
+using edgemoe::ExpertBuffer;
+using edgemoe::ExpertStore;
+using edgemoe::Io;
+using edgemoe::page_size;
+using edgemoe::RouterHook;
+using edgemoe::ggml::Tensor;
+using fake_ggml::Graph;
+using fake_ggml::LoadedModel;
+using fake_ggml::make_tensor;
+
+namespace {
+
+constexpr uint64_t kPlenty = uint64_t{1} << 30;
+constexpr int kExperts = 8;
+
+// Three layers of three parts; the second has no experts.
+TinyModel moe_model(uint64_t slab_bytes) {
+    return {
+        {{kExperts, {slab_bytes, slab_bytes, slab_bytes}}, {0, {}}, {kExperts, {slab_bytes, slab_bytes, slab_bytes}}},
+        {100},
+        1,
+        1};
+}
+
+class Running {
+   public:
+    Running(const TinyModel& model, Io io, uint64_t arena_bytes) : model_(model), api(fake_ggml::make_api()) {
+        skip_without(io, model);
+        CHECK_EQUAL(api.check_layout(), "");
+        store = std::make_unique<ExpertStore>(io, 2, arena_bytes);
+        for (const auto& file : model.files) {
+            store->add_file(file->path());
+        }
+        for (const edgemoe::TensorSpec& spec : model.tensors) {
+            store->add_tensor(spec);
+        }
+        buffer = std::make_unique<ExpertBuffer>(*store, api);
+        loaded = std::make_unique<LoadedModel>(model, *buffer);
+        CHECK_EQUAL(loaded->status, edgemoe::ggml::kStatusSuccess);
+        buffer->restore_names();
+        hook = std::make_unique<RouterHook>(*store, *buffer, api);
+    }
+
+    // A layer as llama.cpp builds it: argsort, a strided view of it, then a MUL_MAT_ID for each part. The ids exist
+    // only once the argsort has been computed, and each MUL_MAT_ID compares the experts it reads with the file.
+    void add_layer(Graph& graph, int layer, const std::vector<std::vector<int32_t>>& ids,
+                   std::vector<size_t> parts = {0, 1, 2}, const std::string& top_k_name = "") {
+        const auto n_tokens = static_cast<int64_t>(ids.size());
+        const auto n_used = static_cast<int64_t>(ids.front().size());
+        auto& sorted = sorted_.emplace_back(static_cast<size_t>(kExperts * n_tokens), -12345);
+        graph.add(make_tensor(fake_ggml::kI32, "ffn_moe_argsort-" + std::to_string(layer), {kExperts, n_tokens}),
+                  [&sorted, ids](Tensor*) {
+                      for (size_t token = 0; token < ids.size(); ++token) {
+                          for (size_t k = 0; k < kExperts; ++k) {
+                              // Behind the selected ids come those that were not, here with impossible numbers.
+                              sorted[token * kExperts + k] = k < ids[token].size() ? ids[token][k] : 1000;
+                          }
+                      }
+                  });
+        Tensor view = make_tensor(fake_ggml::kI32, "", {n_used, n_tokens});
+        fake_ggml::set_name(&view, top_k_name.empty() ? "ffn_moe_topk-" + std::to_string(layer) : top_k_name);
+        view.op = fake_ggml::kOpView;
+        view.nb[1] = kExperts * sizeof(int32_t);
+        view.data = sorted.data();
+        Tensor* top_k = graph.add(view);
+        graph.add(
+            make_tensor(fake_ggml::kF32, "ffn_moe_topk-" + std::to_string(layer) + " (copy)", {n_used, n_tokens}));
+        for (const size_t part : parts) {
+            const size_t id = model_.id_of(layer, part);
+            Tensor product =
+                make_tensor(fake_ggml::kF32, "ffn_moe_part-" + std::to_string(layer), {1, n_used, n_tokens});
+            product.op = fake_ggml::kOpMulMatId;
+            product.src[0] = &loaded->tensors[id];
+            product.src[2] = top_k;
+            graph.add(product, [this, ids, id, layer, part](Tensor* node) {
+                if (RouterHook::on_abort(hook.get())) {
+                    return;  // ggml still computes the node that failed, without its experts; nobody sees the result
+                }
+                const uint64_t n = model_.slab_bytes(layer, part);
+                const auto* data = static_cast<const std::byte*>(node->src[0]->data);
+                for (const std::vector<int32_t>& row : ids) {
+                    for (const int32_t expert : row) {
+                        const uint64_t at = static_cast<uint64_t>(expert) * n;
+                        CHECK(std::memcmp(data + at, model_.bytes_of(id) + at, n) == 0);
+                    }
+                }
+                ++n_products;
+            });
+            graph.add(make_tensor(fake_ggml::kF32, "ffn_moe_act-" + std::to_string(layer), {1, n_used, n_tokens}));
+        }
+    }
+
+    const TinyModel& model_;
+    edgemoe::ggml::Api api;
+    std::unique_ptr<ExpertStore> store;
+    std::unique_ptr<ExpertBuffer> buffer;
+    std::unique_ptr<LoadedModel> loaded;
+    std::unique_ptr<RouterHook> hook;
+    int n_products = 0;
+
+   private:
+    std::deque<std::vector<int32_t>> sorted_;
+};
+
+std::vector<std::vector<int32_t>> random_ids(std::mt19937& random, size_t n_tokens, size_t n_used) {
+    std::vector<std::vector<int32_t>> ids(n_tokens);
+    for (std::vector<int32_t>& row : ids) {
+        std::vector<int32_t> all{0, 1, 2, 3, 4, 5, 6, 7};
+        std::shuffle(all.begin(), all.end(), random);
+        row.assign(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(n_used));
+    }
+    return ids;
+}
+
+void serve_tokens(Io io, uint64_t slab_bytes, uint64_t arena_bytes, size_t n_tokens, bool staged) {
+    const TinyModel model = moe_model(slab_bytes);
+    Running running(model, io, arena_bytes);
+    std::mt19937 random(9);
+    for (int batch = 0; batch < 20; ++batch) {
+        Graph graph;
+        running.add_layer(graph, 0, random_ids(random, n_tokens, 3));
+        running.add_layer(graph, 2, random_ids(random, n_tokens, 3));
+        running.hook->begin();
+        const bool finished = graph.run(*running.hook);
+        CHECK_EQUAL(running.hook->take_failure(), "");
+        CHECK(finished);
+        CHECK_EQUAL(graph.n_computed, graph.size());
+        CHECK_EQUAL(running.n_products, (batch + 1) * 6);
+        CHECK(running.store->stats().resident_bytes <= arena_bytes);
+    }
+    CHECK_EQUAL(running.hook->staged_layers() > 0, staged);
+}
+
+uint64_t slab_pages(uint64_t n) { return n * 3 * page_size(); }
+
+// One token, one layer.
+bool run_once(Running& running, int layer, const std::vector<int32_t>& ids, const std::string& top_k_name = "") {
+    Graph graph;
+    running.add_layer(graph, layer, {ids}, {0, 1, 2}, top_k_name);
+    running.hook->begin();
+    return graph.run(*running.hook);
+}
+
+}  // namespace
+
+TEST(whole_layers_direct) { serve_tokens(Io::direct, 2 * page_size(), slab_pages(12), 1, false); }
+TEST(whole_layers_mmap) { serve_tokens(Io::mmap, 2 * page_size(), slab_pages(12), 1, false); }
+TEST(whole_layers_pread) { serve_tokens(Io::pread, 2 * page_size(), slab_pages(12), 1, false); }
+TEST(staged_layers_direct) { serve_tokens(Io::direct, 2 * page_size(), slab_pages(8), 5, true); }
+TEST(staged_layers_mmap) { serve_tokens(Io::mmap, 2 * page_size(), slab_pages(8), 5, true); }
+TEST(staged_layers_pread) { serve_tokens(Io::pread, 2 * page_size(), slab_pages(8), 5, true); }
+TEST(staged_odd_slabs) { serve_tokens(Io::pread, 777, 6 * page_size(), 4, true); }
+TEST(everything_fits) { serve_tokens(Io::pread, 777, kPlenty, 6, false); }
+
+TEST(staged_part_may_be_used_twice) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::pread, slab_pages(8));
+    Graph graph;
+    running.add_layer(graph, 0, {{0, 1, 2, 3}, {4, 5, 6, 7}}, {0, 0, 1, 2, 1, 0});
+    running.add_layer(graph, 2, {{0}, {1}});
+    running.hook->begin();
+    CHECK(graph.run(*running.hook));
+    CHECK_EQUAL(running.hook->take_failure(), "");
+    CHECK_EQUAL(running.n_products, 9);
+    CHECK_EQUAL(running.hook->staged_layers(), 1U);
+}
+
+TEST(other_names_are_ignored) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    Tensor unreadable = make_tensor(fake_ggml::kI32, "", {2, 2});  // looking at its data would be a crash
+    for (const char* name :
+         {"ffn_moe_topk-0 (copy)", "ffn_moe_topk-", "ffn_moe_topk", "ffn_moe_topk-0x", "ffn_moe_topk--0",
+          "ffn_moe_topk-1", "ffn_moe_topk-3", "ffn_moe_topk-4294967296", "ffn_moe_topk-18446744073709551616",
+          "xffn_moe_topk-0", "ffn_moe_logits-0", "", "ffn_moe_topk- 0", "ffn_moe_topk-2 "}) {
+        fake_ggml::set_name(&unreadable, name);
+        CHECK(!RouterHook::on_node(&unreadable, true, running.hook.get()));
+        CHECK(RouterHook::on_node(&unreadable, false, running.hook.get()));
+    }
+    fake_ggml::set_name(&unreadable, "ffn_moe_topk-2");
+    CHECK(RouterHook::on_node(&unreadable, true, running.hook.get()));
+    CHECK_EQUAL(running.hook->take_failure(), "");
+}
+
+TEST(only_the_top_k_stops_the_graph) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    Graph graph;
+    running.add_layer(graph, 0, {{1, 2}});
+    running.add_layer(graph, 2, {{3, 4}});
+    running.hook->begin();
+    CHECK(graph.run(*running.hook));
+    CHECK_EQUAL(graph.n_pieces, 3U);
+}
+
+TEST(resident_model_is_not_stopped_but_counted) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    for (const int layer : {0, 2}) {
+        CHECK(run_once(running, layer, {0, 1, 2, 3, 4, 5, 6, 7}));
+    }
+    CHECK(running.store->settled(0) && running.store->settled(2));
+    const uint64_t before = running.store->stats().hits;
+    Graph graph;
+    running.add_layer(graph, 0, {{1, 2}});
+    running.add_layer(graph, 2, {{3, 4}});
+    running.hook->begin();
+    CHECK(graph.run(*running.hook));
+    CHECK_EQUAL(graph.n_pieces, 1U);
+    CHECK_EQUAL(running.store->stats().hits, before + 12);
+    CHECK_EQUAL(running.hook->take_failure(), "");
+}
+
+TEST(wrong_expert_aborts_with_a_sentence) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    Graph graph;
+    running.add_layer(graph, 0, {{1, 2}});
+    running.add_layer(graph, 2, {{3, kExperts}});
+    running.hook->begin();
+    graph.run(*running.hook);
+    CHECK_EQUAL(running.n_products, 3);  // nothing after the failure was computed
+    CHECK(RouterHook::on_abort(running.hook.get()));
+    CHECK(running.hook->interrupted());
+    const std::string failure = running.hook->take_failure();
+    CHECK(failure.find("layer 2 asked for expert 8 of 8") != std::string::npos);
+    CHECK_EQUAL(running.hook->take_failure(), "");
+    CHECK(run_once(running, 2, {3, 4}));
+    CHECK_EQUAL(running.hook->take_failure(), "");
+}
+
+TEST(read_failure_aborts_with_a_sentence) {
+    for (const bool staged : {false, true}) {
+        const TinyModel model = moe_model(2 * page_size());
+        Running running(model, Io::pread, staged ? slab_pages(8) : kPlenty);
+        model.files.front()->truncate(200);
+        Graph graph;
+        running.add_layer(graph, 0, {{0, 1, 2, 3}}, {});
+        for (int i = 0; i < 3; ++i) {
+            Tensor product = make_tensor(fake_ggml::kF32, "product", {1});
+            product.op = fake_ggml::kOpMulMatId;
+            product.src[0] = &running.loaded->tensors[model.id_of(0, static_cast<size_t>(i))];
+            graph.add(product);
+        }
+        graph.add(make_tensor(fake_ggml::kF32, "later", {1}));
+        running.hook->begin();
+        const bool finished = graph.run(*running.hook);
+        CHECK_EQUAL(finished, !staged);
+        CHECK_EQUAL(graph.n_computed, staged ? 3U : 2U);  // stops before the first product, or at the top-k
+        CHECK(RouterHook::on_abort(running.hook.get()));
+        CHECK(running.hook->take_failure().find("was changed while in use") != std::string::npos);
+        model.files.front()->restore();
+        CHECK(run_once(running, 0, {0, 1}));
+    }
+}
+
+TEST(one_part_too_large_for_the_arena_aborts) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::pread, slab_pages(3));
+    CHECK(!run_once(running, 0, {0, 1, 2, 3, 4}));
+    CHECK(running.hook->take_failure().find("need more than the arena") != std::string::npos);
+    CHECK_EQUAL(running.n_products, 0);
+}
+
+TEST(first_failure_is_kept_and_begin_forgets_it) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    run_once(running, 0, {9});
+    Graph graph;
+    running.add_layer(graph, 2, {{10}});
+    graph.run(*running.hook);  // without begin
+    CHECK(running.hook->take_failure().find("layer 0 asked for expert 9") != std::string::npos);
+    run_once(running, 0, {9});
+    running.hook->begin();
+    CHECK(!RouterHook::on_abort(running.hook.get()));
+    CHECK(!running.hook->interrupted());
+    CHECK_EQUAL(running.hook->take_failure(), "");
+}
+
+TEST(experts_that_no_router_announced_abort) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    Graph graph;
+    running.add_layer(graph, 0, {{1, 2}});
+    running.add_layer(graph, 2, {{3, 4}}, {0, 1, 2}, "ffn_moe_topk-2 (renamed)");
+    running.hook->begin();
+    CHECK(!graph.run(*running.hook));
+    CHECK(running.hook->take_failure().find("layer 2 uses experts that its router never announced") !=
+          std::string::npos);
+}
+
+TEST(interrupt_stops_the_graph) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    Graph graph;
+    graph.add(make_tensor(fake_ggml::kF32, "first", {1}));
+    graph.add(make_tensor(fake_ggml::kF32, "second", {1}), [&](Tensor*) { running.hook->interrupt(); });
+    running.add_layer(graph, 0, {{1, 2}});
+    running.hook->begin();
+    CHECK(!graph.run(*running.hook));
+    CHECK_EQUAL(graph.n_computed, 2U);
+    CHECK(running.hook->interrupted());
+    CHECK_EQUAL(running.hook->take_failure(), "");
+    CHECK_EQUAL(running.n_products, 0);
+    CHECK(run_once(running, 0, {1, 2}));
+}
+
+TEST(interrupt_comes_from_another_thread) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, 3 * page_size());
+    Graph graph;
+    std::mt19937 random(4);
+    std::atomic<bool> running_now{false};
+    graph.add(make_tensor(fake_ggml::kF32, "first", {1}), [&](Tensor*) { running_now = true; });
+    for (int i = 0; i < 5; ++i) {
+        running.add_layer(graph, 0, random_ids(random, 1, 2));
+    }
+    running.hook->begin();
+    std::thread other([&] {
+        while (!running_now) {
+            std::this_thread::yield();
+        }
+        running.hook->interrupt();
+    });
+    bool finished = true;
+    while (finished && !running.hook->interrupted()) {
+        finished = graph.run(*running.hook);
+    }
+    other.join();
+    CHECK(running.hook->interrupted());
+    CHECK_EQUAL(running.hook->take_failure(), "");
+}
+
+TEST(mapping_lost_after_the_last_read_is_told) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::mmap, kPlenty);
+    for (const int layer : {0, 2}) {
+        CHECK(run_once(running, layer, {0, 1, 2, 3, 4, 5, 6, 7}));
+    }
+    CHECK(running.store->settled(0) && running.store->settled(2));
+    CHECK_EQUAL(running.hook->take_failure(), "");
+    model.files.front()->overwrite(0, random_bytes(10, 3));
+    Graph graph;
+    graph.add(make_tensor(fake_ggml::kF32, "no experts at all", {1}));
+    running.hook->begin();
+    CHECK(graph.run(*running.hook));
+    CHECK(running.hook->take_failure().find("was changed while in use") != std::string::npos);
+    model.files.front()->restore();
+}
