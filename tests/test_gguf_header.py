@@ -366,6 +366,13 @@ def test_absurd_counts_cost_nothing(counts: dict[str, int], write: Write) -> Non
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("counts", [{"n_tensors": (1 << 17) + 1}, {"n_keys": (1 << 16) + 1}])
+def test_a_large_file_does_not_justify_absurd_counts(counts: dict[str, int], write: Write) -> None:
+    path = write(gguf_bytes({"k": 1}, [GOOD], **counts))
+    os.truncate(path, 1 << 30)
+    assert "expected at most" in refusal(path)
+
+
 def test_all_numeric_types_and_their_arrays(write: Write) -> None:
     values: dict[int, list[float]] = {
         U8: [0, 255], I8: [-128, 127], U16: [0, 65535], I16: [-32768, 7], U32: [0, 2**32 - 1],

@@ -105,18 +105,18 @@ def test_every_expert_is_where_the_index_says(
 
 
 def test_a_model_with_everything_stated(write: Write) -> None:
-    metadata = moe_metadata(expert_used_count=[0, 1, 3], leading_dense_block_count=1, vocab_size=10) | {
+    metadata = moe_metadata(expert_used_count=[0, 1, 4], leading_dense_block_count=1, vocab_size=10) | {
         "general.file_type": 7,
         "tokenizer.chat_template": "{{ messages }}",
     }
     path = write(metadata)
     index = read_index(str(path))
     assert (index.path, index.files, index.architecture, index.name) == (path, (path,), "qwen3moe", "small")
-    assert (index.n_layer, index.n_expert, index.n_expert_used) == (3, 4, (0, 1, 3))
+    assert (index.n_layer, index.n_expert, index.n_expert_used) == (3, 4, (0, 1, 4))
     assert (index.leading_dense, index.context_length, index.n_vocab, index.n_embd) == (1, 128, 10, 64)
     assert index.has_chat_template and index.skipped == ()
-    assert index.token_cycle_bytes == (1 + 3) * index.expert_size(1)
-    assert index.metadata["qwen3moe.expert_used_count"] == (0, 1, 3)
+    assert index.token_cycle_bytes == (1 + 4) * index.expert_size(1)
+    assert index.metadata["qwen3moe.expert_used_count"] == (0, 1, 4)
 
 
 @pytest.mark.parametrize(

@@ -223,11 +223,12 @@ def test_cgroup_v2_with_the_tightest_level_above(tmp_path: Path) -> None:
     root = tmp_path / "cgroup"
     stat = f"anon 1\ninactive_file {GIB}\nactive_file {GIB}\nfile 77\n"
     write(root)
-    write(root / "a", memory__max=f"{20 * GIB}\n", memory__current=f"{OTHERS + 2 * GIB}\n", memory__stat=stat)
+    write(root / "a", memory__max=f"{30 * GIB}\n", memory__current=f"{OTHERS + 2 * GIB}\n", memory__stat=stat)
     write(root / "a" / "b", memory__max="max\n", memory__current="5\n", memory__stat="")
-    write(root / "a" / "b" / "c", memory__max=f"{30 * GIB}\n", memory__current=f"{GIB}\n", memory__stat="")
+    # A lower limit, but more room below it.
+    write(root / "a" / "b" / "c", memory__max=f"{25 * GIB}\n", memory__current=f"{GIB}\n", memory__stat="")
     here = machine(root, membership(tmp_path, "0::/a/b/c\n"))
-    assert here.cgroup_limit == 20 * GIB
+    assert here.cgroup_limit == 30 * GIB
     assert abs(others_of(here) - OTHERS) < 64 * MIB
     assert here.total >= here.available > 0
 
@@ -254,6 +255,7 @@ def test_cgroup_v1(tmp_path: Path) -> None:
 def test_in_a_container_the_mount_itself_is_our_cgroup(tmp_path: Path) -> None:
     root = tmp_path / "cgroup"
     write(root, memory__max=f"{GIB}", memory__current="0")
+    write(tmp_path, memory__max="1")  # outside of the mount
     for path in ("/docker/0123", "/../../pod", "/"):
         assert machine(root, membership(tmp_path, f"0::{path}\n")).cgroup_limit == GIB
 
