@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*.h native/*.cpp native/tests/*.h native/tests/*.cpp)
 MODEL := models/tiny-moe-q4_k_m.gguf
-DEMO_RAM := 80MiB
+DEMO_RAM := 90MiB
 
 .PHONY: demo check lint format test native-test wheel clean
 
