@@ -45,6 +45,7 @@ def _require_version() -> None:
 
 _require_version()
 
+import jinja2  # noqa: E402
 import llama_cpp  # noqa: E402
 from llama_cpp import _internals, _logger  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402, N812
@@ -88,24 +89,44 @@ def _symbols() -> dict[str, int]:
         ) from error
 
 
+class _Listener:
+    """Takes llama.cpp's log while it is in the list of listeners."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.errors: list[str] = []
+
+
+_listeners: list[_Listener] = []
+
+
+@C.llama_log_callback  # type: ignore[untyped-decorator]
+def _listen(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """Hand llama.cpp's errors to whoever listens; when nobody does, llama-cpp-python prints as it likes."""
+    if not _listeners:
+        _logger.llama_log_callback(level, text, user_data)
+        return
+    line = text.decode("utf-8", "replace")
+    if any(listener.verbose for listener in _listeners):
+        print(line, end="", file=sys.stderr, flush=True)
+    if level == _LOG_LEVEL_ERROR:
+        for listener in _listeners:
+            listener.errors.append(line.strip())
+
+
+# Set once and for all: a callback that came and went could be freed while another thread is in it.
+C.llama_log_set(_listen, ctypes.c_void_p(0))
+
+
 @contextlib.contextmanager
 def _log_errors(verbose: bool) -> Iterator[list[str]]:
     """Collect llama.cpp's error lines instead of printing them; with `verbose`, print everything as well."""
-    errors: list[str] = []
-
-    def note(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        line = text.decode("utf-8", "replace")
-        if verbose:
-            print(line, end="", file=sys.stderr, flush=True)
-        if level == _LOG_LEVEL_ERROR:
-            errors.append(line.strip())
-
-    callback = C.llama_log_callback(note)
-    C.llama_log_set(callback, ctypes.c_void_p(0))
+    listener = _Listener(verbose)
+    _listeners.append(listener)
     try:
-        yield errors
+        yield listener.errors
     finally:
-        C.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+        _listeners.remove(listener)
 
 
 class DryRun:
@@ -317,6 +338,11 @@ class Llama(llama_cpp.Llama):
                 except ValueError as error:
                     errors[:0] = filter(None, [self.store.session.load_failure()])
                     raise _refused(self.index, errors or [str(error)]) from error
+                except jinja2.TemplateError as error:
+                    raise BackendError(
+                        f"the chat template in {self.index.path} cannot be read ({error});"
+                        " use another GGUF of this model"
+                    ) from error
             self.store.forget_page_cache()
         except BaseException:
             self.close()
@@ -420,30 +446,35 @@ class _Context(_internals.LlamaContext):
     def _run(self, compute: Callable[[Any], None], batch: Any) -> None:
         session = self._store.session
         session.begin()
-        try:
-            # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits for
-            # another one, where it can be interrupted. A single token is not worth the detour.
-            if batch.n_tokens() > 1 and threading.current_thread() is threading.main_thread():
-                if self._prompt_thread is None:
-                    self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
-                future = self._prompt_thread.submit(compute, batch)
-                try:
-                    future.result()
-                except KeyboardInterrupt:
-                    session.interrupt()
-                    with contextlib.suppress(RuntimeError):
-                        future.result()
-                    raise
-            else:
-                compute(batch)
-        except RuntimeError as error:
-            self._store.raise_failure()
-            if session.interrupted():
-                raise KeyboardInterrupt from None
-            raise BackendError(
-                f"llama.cpp could not evaluate the batch: {error}; is it longer than the context?"
-            ) from error
+        with _log_errors(self.verbose) as errors:
+            try:
+                self._compute(compute, batch)
+            except RuntimeError as error:
+                self._store.raise_failure()
+                if session.interrupted():
+                    raise KeyboardInterrupt from None
+                reason = "; ".join([str(error), *errors])
+                raise BackendError(
+                    f"llama.cpp could not evaluate the batch: {reason}; is it longer than the context?"
+                ) from error
         self._store.raise_failure()
+
+    def _compute(self, compute: Callable[[Any], None], batch: Any) -> None:
+        # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits for
+        # another one, where it can be interrupted. A single token is not worth the detour.
+        if batch.n_tokens() == 1 or threading.current_thread() is not threading.main_thread():
+            compute(batch)
+            return
+        if self._prompt_thread is None:
+            self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
+        future = self._prompt_thread.submit(compute, batch)
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            self._store.session.interrupt()
+            with contextlib.suppress(RuntimeError):
+                future.result()
+            raise
 
     def close(self) -> None:
         if self._prompt_thread is not None:

@@ -258,6 +258,16 @@ def test_model_without_chat_template_continues_the_text(tmp_path: Path) -> None:
     assert talk.stderr.startswith("tiny-moe has no chat template: using the format llama-2.\n")
 
 
+def test_chat_template_that_is_no_template(tmp_path: Path) -> None:
+    model = changed_model(tmp_path, b"{% for message", b"{% fur message")
+    result = edgemoe("run", model, "--ram", RAM, "--quiet", PROMPT)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"edgemoe: the chat template in {model} cannot be read (Encountered unknown tag 'fur'.);"
+        " use another GGUF of this model\n"
+    )
+
+
 def test_chat_answers_each_line() -> None:
     alone = edgemoe("run", TINY_MOE, *GREEDY, "--quiet", PROMPT).stdout
     talk = edgemoe("chat", TINY_MOE, *GREEDY, "--json", stdin=f"{PROMPT}\nAnd then?\n/reset\n{PROMPT}\n")
@@ -370,8 +380,9 @@ def test_interrupted_prompt_stops_at_once() -> None:
         answer, said = run.stdout.read(), run.stderr.read()
     assert run.returncode == 130
     assert time.monotonic() - began < 10
-    assert answer.strip() == ""
+    assert answer == ""
     assert "generation   0 tokens, stopped\n" in said
+    assert "decode" not in said  # llama.cpp's own remarks
 
 
 def test_closed_pipe_is_quiet() -> None:

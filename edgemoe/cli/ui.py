@@ -277,7 +277,8 @@ def stream(answer: Answer) -> None:
                 sys.stdout.flush()
                 end = text[-1:] or end
     finally:
-        if end != "\n":
+        # On a terminal even an answer without text has a line: Ctrl-C is echoed there.
+        if end != "\n" and (end or terminal):
             sys.stdout.write("\n")
             sys.stdout.flush()
 
