@@ -21,6 +21,7 @@ from typing import Any
 
 from edgemoe.errors import BackendError, EdgemoeError
 from edgemoe.index import ExpertIndex, read_index
+from edgemoe.interrupts import held_interrupts
 from edgemoe.memory import current_rss, parse_budget
 from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, kernel_scratch, make_plan
 from edgemoe.store import ExpertStore, memory_use
@@ -467,14 +468,8 @@ class _Context(_internals.LlamaContext):
             return
         if self._prompt_thread is None:
             self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
-        future = self._prompt_thread.submit(compute, batch)
-        try:
-            future.result()
-        except KeyboardInterrupt:
-            self._store.session.interrupt()
-            with contextlib.suppress(RuntimeError):
-                future.result()
-            raise
+        with held_interrupts(self._store.session.interrupt):
+            self._prompt_thread.submit(compute, batch).result()
 
     def close(self) -> None:
         if self._prompt_thread is not None:
