@@ -120,14 +120,18 @@ C.llama_log_set(_listen, ctypes.c_void_p(0))
 
 
 @contextlib.contextmanager
-def _log_errors(verbose: bool) -> Iterator[list[str]]:
-    """Collect llama.cpp's error lines instead of printing them; with `verbose`, print everything as well."""
+def _in_llama_cpp(verbose: bool, stop: Callable[[], None] | None = None) -> Iterator[list[str]]:
+    """Collect llama.cpp's error lines (with `verbose`, print its whole log), and hold Ctrl-C.
+
+    KeyboardInterrupt would be lost in `_listen`, which C calls; `stop` asks the C code to end.
+    """
     listener = _Listener(verbose)
-    _listeners.append(listener)
-    try:
-        yield listener.errors
-    finally:
-        _listeners.remove(listener)
+    with held_interrupts(stop):
+        _listeners.append(listener)
+        try:
+            yield listener.errors
+        finally:
+            _listeners.remove(listener)
 
 
 class DryRun:
@@ -157,7 +161,7 @@ class DryRun:
         params.use_extra_bufts = False
         params.no_alloc = True
         C.llama_backend_init()
-        with _log_errors(verbose=False) as errors:
+        with _in_llama_cpp(verbose=False) as errors:
             self._model = C.llama_model_load_from_file(os.fsencode(index.path), params)
         if not self._model:
             raise _refused(index, errors)
@@ -176,13 +180,11 @@ class DryRun:
         params.n_ubatch = n_ubatch
         for name, value in self._options.items():
             setattr(params, name, value)
-        with _log_errors(verbose=False) as errors:
+        with _in_llama_cpp(verbose=False) as errors:
             context = C.llama_init_from_model(self._model, params)
-        if not context:
-            raise _refused(self._index, errors)
-        try:
+            if not context:
+                raise _refused(self._index, errors)
             _, kv_bytes, compute_bytes = memory_use(_symbols(), ctypes.cast(context, ctypes.c_void_p).value or 0)
-        finally:
             C.llama_free(context)
         flash = params.flash_attn_type == C.LLAMA_FLASH_ATTN_TYPE_ENABLED
         scratch = kernel_scratch(self._index, n_ctx, n_ubatch, flash)
@@ -325,7 +327,7 @@ class Llama(llama_cpp.Llama):
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.
         kwargs.pop("use_mmap", None)
         try:
-            with _log_errors(kwargs["verbose"]) as errors, _reporting(self.store, self.index, on_progress):
+            with _in_llama_cpp(kwargs["verbose"]) as errors, _reporting(self.store, self.index, on_progress):
                 try:
                     with _built_around(self.store):
                         super().__init__(
@@ -447,9 +449,16 @@ class _Context(_internals.LlamaContext):
     def _run(self, compute: Callable[[Any], None], batch: Any) -> None:
         session = self._store.session
         session.begin()
-        with _log_errors(self.verbose) as errors:
+        with _in_llama_cpp(self.verbose, session.interrupt) as errors:
             try:
-                self._compute(compute, batch)
+                # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits
+                # for another one. A single token is not worth the detour.
+                if batch.n_tokens() > 1 and threading.current_thread() is threading.main_thread():
+                    if self._prompt_thread is None:
+                        self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
+                    self._prompt_thread.submit(compute, batch).result()
+                else:
+                    compute(batch)
             except RuntimeError as error:
                 self._store.raise_failure()
                 if session.interrupted():
@@ -459,17 +468,6 @@ class _Context(_internals.LlamaContext):
                     f"llama.cpp could not evaluate the batch: {reason}; is it longer than the context?"
                 ) from error
         self._store.raise_failure()
-
-    def _compute(self, compute: Callable[[Any], None], batch: Any) -> None:
-        # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits for
-        # another one, where it can be interrupted. A single token is not worth the detour.
-        if batch.n_tokens() == 1 or threading.current_thread() is not threading.main_thread():
-            compute(batch)
-            return
-        if self._prompt_thread is None:
-            self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
-        with held_interrupts(self._store.session.interrupt):
-            self._prompt_thread.submit(compute, batch).result()
 
     def close(self) -> None:
         if self._prompt_thread is not None:
