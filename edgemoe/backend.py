@@ -247,12 +247,22 @@ def _plan(
     on, off = C.LLAMA_FLASH_ATTN_TYPE_ENABLED, C.LLAMA_FLASH_ATTN_TYPE_DISABLED
     fields: dict[str, Any] = {"flash_attn_type": on if options.get("flash_attn") else off}
     fields |= {name: options[name] for name in ("type_k", "type_v", "swa_full") if options.get(name) is not None}
+    fields["n_outputs_max"] = _n_outputs_max(options)
     if options.get("embedding"):
         fields |= {"embeddings": True, "n_seq_max": C.llama_max_parallel_sequences(), "kv_unified": True}
     with DryRun(index, fields, bool(options.get("logits_all"))) as dry_run:
         budget = parse_budget(ram)
         process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab
         return make_plan(index, budget, dry_run.footprint, process, n_ctx, n_ubatch)
+
+
+def _n_outputs_max(options: dict[str, Any]) -> int:
+    """Tokens of one batch whose logits `llama_cpp.Llama` asks for: the last, or any number (0).
+
+    llama.cpp otherwise sets memory aside for the logits of a whole batch, 297 MiB at 512 x 151,936.
+    """
+    every = options.get("logits_all") or options.get("embedding") or options.get("draft_model")
+    return 0 if every else 1
 
 
 class Llama(llama_cpp.Llama):
@@ -329,7 +339,7 @@ class Llama(llama_cpp.Llama):
         try:
             with _in_llama_cpp(kwargs["verbose"]) as errors, _reporting(self.store, self.index, on_progress):
                 try:
-                    with _built_around(self.store):
+                    with _built_around(self.store, _n_outputs_max(kwargs)):
                         super().__init__(
                             str(model_path),
                             use_mmap=False,
@@ -387,7 +397,7 @@ class Llama(llama_cpp.Llama):
 
 
 @contextlib.contextmanager
-def _built_around(store: ExpertStore) -> Iterator[None]:
+def _built_around(store: ExpertStore, n_outputs_max: int) -> Iterator[None]:
     """Let `llama_cpp.Llama.__init__`, which builds model and context in one go, build ours.
 
     Only in this thread: a plain Llama that another thread builds meanwhile gets the plain classes.
@@ -399,7 +409,10 @@ def _built_around(store: ExpertStore) -> Iterator[None]:
         return _Model(store=store, **kwargs) if threading.get_ident() == owner else plain_model(**kwargs)
 
     def context(**kwargs: Any) -> Any:
-        return _Context(store=store, **kwargs) if threading.get_ident() == owner else plain_context(**kwargs)
+        if threading.get_ident() != owner:
+            return plain_context(**kwargs)
+        kwargs["params"].n_outputs_max = n_outputs_max
+        return _Context(store=store, **kwargs)
 
     with _BUILDING:
         _internals.LlamaModel, _internals.LlamaContext = model, context
@@ -448,12 +461,15 @@ class _Context(_internals.LlamaContext):
 
     def _run(self, compute: Callable[[Any], None], batch: Any) -> None:
         session = self._store.session
+        n_tokens = batch.n_tokens()
+        if self.params.n_outputs_max == 1 and sum(batch.batch.logits[i] for i in range(n_tokens)) > 1:
+            raise BackendError("logits of more than one token were asked for; open the model with logits_all=True")
         session.begin()
         with _in_llama_cpp(self.verbose, session.interrupt) as errors:
             try:
                 # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits
                 # for another one. A single token is not worth the detour.
-                if batch.n_tokens() > 1 and threading.current_thread() is threading.main_thread():
+                if n_tokens > 1 and threading.current_thread() is threading.main_thread():
                     if self._prompt_thread is None:
                         self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
                     self._prompt_thread.submit(compute, batch).result()

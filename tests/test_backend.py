@@ -28,6 +28,7 @@ from edgemoe.errors import BackendError, BudgetError, EdgemoeError, StoreError
 from edgemoe.plan import ExpertPlan
 
 SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, "seed": 5}
+SHAPE = {"n_ctx": 512, "n_ubatch": 64}
 PROMPT = "def read(path):\n    "
 
 
@@ -60,9 +61,7 @@ def test_completion_with_sampling_and_logprobs(ours: Llama, plain: llama_cpp.Lla
 def test_chat_with_the_model_s_own_template(ours: Llama, plain: llama_cpp.Llama) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a river?"}]
     options = {"messages": messages, "max_tokens": 24, "temperature": 0.0}
-    assert without_id(ours.create_chat_completion(**options)) == without_id(
-        plain.create_chat_completion(**options)
-    )
+    assert without_id(ours.create_chat_completion(**options)) == without_id(plain.create_chat_completion(**options))
     assert ours.chat_format == plain.chat_format
 
 
@@ -196,6 +195,17 @@ def test_an_override_of_the_number_of_experts_is_planned_and_served() -> None:
     plain.close()
 
 
+def test_logits_of_all_tokens_must_be_announced(plain: llama_cpp.Llama) -> None:
+    """llama.cpp would abort the process: the memory for more than one token's logits is not there."""
+    with arena_share(0.25), Llama(str(TINY_MOE), **SETTINGS) as llama:
+        lean = llama.plan.bytes_of("compute buffers")
+        llama._batch.set_batch(batch=[5, 6, 7], n_past=0, logits_all=True)
+        with pytest.raises(BackendError, match="logits_all=True"):
+            llama._ctx.decode(llama._batch)
+        assert np.array_equal(logits(llama, [5, 6, 7], [8]), logits(plain, [5, 6, 7], [8]))
+    assert lean < plan_model(TINY_MOE, "1GiB", **SHAPE, logits_all=True).bytes_of("compute buffers")
+
+
 def test_two_models_on_one_file_at_once() -> None:
     with arena_share(0.25):
         first, second = Llama(str(TINY_MOE), **SETTINGS), Llama(str(TINY_MOE), io="mmap", **SETTINGS)
@@ -216,9 +226,7 @@ def test_split_files(tmp_path: Path) -> None:
 
 def test_progress_of_loading_is_reported() -> None:
     seen: list[tuple[int, int]] = []
-    with Llama(
-        str(TINY_MOE), ram="1GiB", on_progress=lambda done, total: seen.append((done, total)), **SETTINGS
-    ):
+    with Llama(str(TINY_MOE), ram="1GiB", on_progress=lambda done, total: seen.append((done, total)), **SETTINGS):
         pass
     done, total = seen[-1]
     assert done == total > 0
