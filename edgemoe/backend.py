@@ -1,4 +1,4 @@
-"""The only file that imports llama_cpp: a drop-in `Llama` whose experts live in an `ExpertStore`.
+"""A drop-in `Llama` whose experts live in an `ExpertStore`.
 
 llama.cpp is stock. Its loader puts every tensor into the native buffer type (`tensor_buft_overrides`), its graph calls
 the native hook (`cb_eval`), and its own dry run (`no_alloc`) tells the plan what caches and compute buffers will take.
@@ -8,54 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgemoe.errors import BackendError, EdgemoeError
+import jinja2
+
+from edgemoe.dry_run import n_outputs_max, plan_for, plan_model, refused
+from edgemoe.errors import BackendError
 from edgemoe.index import ExpertIndex, read_index
-from edgemoe.interrupts import held_interrupts
-from edgemoe.memory import current_rss, parse_budget
-from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, kernel_scratch, make_plan
-from edgemoe.store import ExpertStore, memory_use
+from edgemoe.llama_library import C, PlainLlama, in_llama_cpp, internals, symbols
+from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan
+from edgemoe.store import ExpertStore
 
-LLAMA_CPP_PYTHON = "0.3.36"
-"""The release whose struct layouts the native core follows."""
-
-
-def _require_version() -> None:
-    try:
-        found = importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        raise BackendError(
-            f"llama-cpp-python is not installed; run: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
-        ) from None
-    if found != LLAMA_CPP_PYTHON:
-        raise BackendError(
-            f"llama-cpp-python {found} is installed, but edgemoe's native core follows the memory layout of"
-            f" {LLAMA_CPP_PYTHON}; run: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
-        )
-
-
-_require_version()
-
-import jinja2  # noqa: E402
-import llama_cpp  # noqa: E402
-from llama_cpp import _internals, _logger  # noqa: E402
-from llama_cpp import llama_cpp as C  # noqa: E402, N812
+__all__ = ["Llama", "plan_model"]
 
 _EVERY_TENSOR = b"."
 _BUILDING = threading.Lock()
-_GROWTH = 8 << 20
-_LOG_LEVEL_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
-_BYTES_PER_TOKEN_OF_VOCABULARY = 64
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -64,208 +36,7 @@ class _BufferTypeOverride(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
-@lru_cache(maxsize=1)
-def _symbols() -> dict[str, int]:
-    """Addresses in the libllama that llama_cpp has loaded, by the names the native core asks for."""
-    names = {
-        name: name
-        for name in (
-            "ggml_backend_buffer_init",
-            "ggml_nbytes",
-            "ggml_init",
-            "ggml_free",
-            "ggml_new_tensor_3d",
-            "ggml_mul_mat_id",
-            "ggml_set_name",
-        )
-    }
-    # A C++ function of llama-ext.h, hence the mangled name.
-    names["llama_get_memory_breakdown"] = "_Z26llama_get_memory_breakdownPK13llama_context"
-    try:
-        return {name: ctypes.cast(C._lib[symbol], ctypes.c_void_p).value or 0 for name, symbol in names.items()}
-    except AttributeError as error:
-        raise BackendError(
-            f"the libllama of llama-cpp-python {LLAMA_CPP_PYTHON} lacks a function ({error}); reinstall it with:"
-            f" pip install --force-reinstall llama-cpp-python=={LLAMA_CPP_PYTHON}"
-        ) from error
-
-
-class _Listener:
-    """Takes llama.cpp's log while it is in the list of listeners."""
-
-    def __init__(self, verbose: bool) -> None:
-        self.verbose = verbose
-        self.errors: list[str] = []
-
-
-_listeners: list[_Listener] = []
-
-
-@C.llama_log_callback  # type: ignore[untyped-decorator]
-def _listen(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    """Hand llama.cpp's errors to whoever listens; when nobody does, llama-cpp-python prints as it likes."""
-    if not _listeners:
-        _logger.llama_log_callback(level, text, user_data)
-        return
-    line = text.decode("utf-8", "replace")
-    if any(listener.verbose for listener in _listeners):
-        print(line, end="", file=sys.stderr, flush=True)
-    if level == _LOG_LEVEL_ERROR:
-        for listener in _listeners:
-            listener.errors.append(line.strip())
-
-
-# Set once and for all: a callback that came and went could be freed while another thread is in it.
-C.llama_log_set(_listen, ctypes.c_void_p(0))
-
-
-@contextlib.contextmanager
-def _in_llama_cpp(verbose: bool, stop: Callable[[], None] | None = None) -> Iterator[list[str]]:
-    """Collect llama.cpp's error lines (with `verbose`, print its whole log), and hold Ctrl-C.
-
-    KeyboardInterrupt would be lost in `_listen`, which C calls; `stop` asks the C code to end.
-    """
-    listener = _Listener(verbose)
-    with held_interrupts(stop):
-        _listeners.append(listener)
-        try:
-            yield listener.errors
-        finally:
-            _listeners.remove(listener)
-
-
-class DryRun:
-    """llama.cpp's own account of what a context would allocate; no weights are read.
-
-    Parameters
-    ----------
-    index : ExpertIndex
-        The model.
-    context_options : dict
-        Fields of llama_context_params that change memory: ``type_k``, ``type_v``, ``flash_attn_type`` and so on.
-    logits_all : bool
-        Whether logits of all tokens are kept.
-
-    Raises
-    ------
-    BackendError
-        With llama.cpp's reason, when it refuses the model.
-    """
-
-    def __init__(self, index: ExpertIndex, context_options: dict[str, Any], logits_all: bool = False) -> None:
-        self._index = index
-        self._options = context_options
-        self._logits_all = logits_all
-        params = C.llama_model_default_params()
-        params.load_mode = C.LLAMA_LOAD_MODE_NONE
-        params.use_extra_bufts = False
-        params.no_alloc = True
-        C.llama_backend_init()
-        with _in_llama_cpp(verbose=False) as errors:
-            self._model = C.llama_model_load_from_file(os.fsencode(index.path), params)
-        if not self._model:
-            raise _refused(index, errors)
-        self._known: dict[tuple[int, int], Footprint] = {}
-
-    def footprint(self, n_ctx: int, n_ubatch: int) -> Footprint:
-        """Bytes for a context of `n_ctx` tokens and physical batches of `n_ubatch`."""
-        if (n_ctx, n_ubatch) not in self._known:
-            self._known[n_ctx, n_ubatch] = self._measure(n_ctx, n_ubatch)
-        return self._known[n_ctx, n_ubatch]
-
-    def _measure(self, n_ctx: int, n_ubatch: int) -> Footprint:
-        params = C.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = max(n_ubatch, DEFAULT_UBATCH)
-        params.n_ubatch = n_ubatch
-        for name, value in self._options.items():
-            setattr(params, name, value)
-        with _in_llama_cpp(verbose=False) as errors:
-            context = C.llama_init_from_model(self._model, params)
-            if not context:
-                raise _refused(self._index, errors)
-            _, kv_bytes, compute_bytes = memory_use(_symbols(), ctypes.cast(context, ctypes.c_void_p).value or 0)
-            C.llama_free(context)
-        flash = params.flash_attn_type == C.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        scratch = kernel_scratch(self._index, n_ctx, n_ubatch, flash)
-        logits = self._index.n_vocab * 4 * (2 * n_ctx if self._logits_all else 2)
-        return Footprint(n_ctx, n_ubatch, kv_bytes, compute_bytes, scratch + logits)
-
-    def close(self) -> None:
-        """Free llama.cpp's model object."""
-        if self._model:
-            C.llama_model_free(self._model)
-            self._model = None
-
-    def __enter__(self) -> DryRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _refused(index: ExpertIndex, errors: list[str]) -> BackendError:
-    reason = "; ".join(errors[:2]) or "it gave no reason"
-    return BackendError(
-        f"llama.cpp (llama-cpp-python {LLAMA_CPP_PYTHON}) refused {index.path}: {reason}; check the file with"
-        f" `edgemoe inspect`, or convert it again"
-    )
-
-
-def plan_model(
-    model_path: str | os.PathLike[str],
-    ram: str | int = "auto",
-    n_ctx: int | None = None,
-    n_ubatch: int | None = None,
-    **context_options: Any,
-) -> ExpertPlan:
-    """Say where every byte of a budget would go; no weights are loaded.
-
-    Parameters
-    ----------
-    model_path : path
-        GGUF file, the first part of a split one.
-    ram : str or int
-        Budget as `edgemoe.memory.parse_budget` reads it.
-    n_ctx, n_ubatch : int, optional
-        As in `edgemoe.plan.make_plan`.
-    **context_options
-        ``flash_attn``, ``type_k``, ``type_v``, ``swa_full``, ``embedding``, ``logits_all`` of `llama_cpp.Llama`.
-
-    Raises
-    ------
-    EdgemoeError
-        ModelFileError, BudgetError or BackendError.
-    """
-    return _plan(read_index(model_path), ram, n_ctx, n_ubatch, context_options)
-
-
-def _plan(
-    index: ExpertIndex, ram: str | int, n_ctx: int | None, n_ubatch: int | None, options: dict[str, Any]
-) -> ExpertPlan:
-    # What llama_cpp.Llama makes of these options.
-    on, off = C.LLAMA_FLASH_ATTN_TYPE_ENABLED, C.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    fields: dict[str, Any] = {"flash_attn_type": on if options.get("flash_attn") else off}
-    fields |= {name: options[name] for name in ("type_k", "type_v", "swa_full") if options.get(name) is not None}
-    fields["n_outputs_max"] = _n_outputs_max(options)
-    if options.get("embedding"):
-        fields |= {"embeddings": True, "n_seq_max": C.llama_max_parallel_sequences(), "kv_unified": True}
-    with DryRun(index, fields, bool(options.get("logits_all"))) as dry_run:
-        budget = parse_budget(ram)
-        process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab
-        return make_plan(index, budget, dry_run.footprint, process, n_ctx, n_ubatch)
-
-
-def _n_outputs_max(options: dict[str, Any]) -> int:
-    """Tokens of one batch whose logits `llama_cpp.Llama` asks for: the last, or any number (0).
-
-    llama.cpp otherwise sets memory aside for the logits of a whole batch, 297 MiB at 512 x 151,936.
-    """
-    every = options.get("logits_all") or options.get("embedding") or options.get("draft_model")
-    return 0 if every else 1
-
-
-class Llama(llama_cpp.Llama):
+class Llama(PlainLlama):
     """`llama_cpp.Llama` within a RAM budget: same methods, same answers, experts served from disk.
 
     Parameters
@@ -329,7 +100,7 @@ class Llama(llama_cpp.Llama):
         # An n_ubatch that nobody asked for is the plan's to choose, within n_batch.
         if n_ubatch is not None or n_batch < DEFAULT_UBATCH:
             n_ubatch = min(n_ubatch or n_batch, n_batch)
-        self.plan = _plan(self.index, ram, n_ctx, n_ubatch, kwargs)
+        self.plan = plan_for(self.index, ram, n_ctx, n_ubatch, kwargs)
         if on_plan is not None:
             on_plan(self.plan)
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io)
@@ -337,9 +108,9 @@ class Llama(llama_cpp.Llama):
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.
         kwargs.pop("use_mmap", None)
         try:
-            with _in_llama_cpp(kwargs["verbose"]) as errors, _reporting(self.store, self.index, on_progress):
+            with in_llama_cpp(kwargs["verbose"]) as errors, _reporting(self.store, self.index, on_progress):
                 try:
-                    with _built_around(self.store, _n_outputs_max(kwargs)):
+                    with _built_around(self.store, n_outputs_max(kwargs)):
                         super().__init__(
                             str(model_path),
                             use_mmap=False,
@@ -350,7 +121,7 @@ class Llama(llama_cpp.Llama):
                         )
                 except ValueError as error:
                     errors[:0] = filter(None, [self.store.session.load_failure()])
-                    raise _refused(self.index, errors or [str(error)]) from error
+                    raise refused(self.index, errors or [str(error)]) from error
                 except jinja2.TemplateError as error:
                     raise BackendError(
                         f"the chat template in {self.index.path} cannot be read ({error});"
@@ -403,7 +174,7 @@ def _built_around(store: ExpertStore, n_outputs_max: int) -> Iterator[None]:
     Only in this thread: a plain Llama that another thread builds meanwhile gets the plain classes.
     """
     owner = threading.get_ident()
-    plain_model, plain_context = _internals.LlamaModel, _internals.LlamaContext
+    plain_model, plain_context = internals.LlamaModel, internals.LlamaContext
 
     def model(**kwargs: Any) -> Any:
         return _Model(store=store, **kwargs) if threading.get_ident() == owner else plain_model(**kwargs)
@@ -415,18 +186,18 @@ def _built_around(store: ExpertStore, n_outputs_max: int) -> Iterator[None]:
         return _Context(store=store, **kwargs)
 
     with _BUILDING:
-        _internals.LlamaModel, _internals.LlamaContext = model, context
+        internals.LlamaModel, internals.LlamaContext = model, context
         try:
             yield
         finally:
-            _internals.LlamaModel, _internals.LlamaContext = plain_model, plain_context
+            internals.LlamaModel, internals.LlamaContext = plain_model, plain_context
 
 
-class _Model(_internals.LlamaModel):
+class _Model(internals.LlamaModel):
     """A model whose every tensor is allocated by the native buffer type."""
 
     def __init__(self, *, store: ExpertStore, path_model: str, params: Any, verbose: bool) -> None:
-        store.attach(_symbols())
+        store.attach(symbols())
         self._overrides = (_BufferTypeOverride * 2)(
             _BufferTypeOverride(_EVERY_TENSOR, store.session.buffer_type()), _BufferTypeOverride(None, None)
         )
@@ -440,7 +211,7 @@ class _Model(_internals.LlamaModel):
         store.session.restore_names()
 
 
-class _Context(_internals.LlamaContext):
+class _Context(internals.LlamaContext):
     """A context whose graph calls the native hook, and whose prompt batches can be interrupted."""
 
     def __init__(self, *, store: ExpertStore, model: Any, params: Any, verbose: bool) -> None:
@@ -465,7 +236,7 @@ class _Context(_internals.LlamaContext):
         if self.params.n_outputs_max == 1 and sum(batch.batch.logits[i] for i in range(n_tokens)) > 1:
             raise BackendError("logits of more than one token were asked for; open the model with logits_all=True")
         session.begin()
-        with _in_llama_cpp(self.verbose, session.interrupt) as errors:
+        with in_llama_cpp(self.verbose, session.interrupt) as errors:
             try:
                 # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits
                 # for another one. A single token is not worth the detour.
@@ -514,6 +285,3 @@ def _reporting(
         loaded.set()
         thread.join()
         on_progress(store.stats().dense_bytes, index.dense_bytes)
-
-
-__all__ = ["LLAMA_CPP_PYTHON", "DryRun", "EdgemoeError", "Llama", "plan_model"]

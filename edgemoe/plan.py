@@ -82,8 +82,8 @@ class ExpertPlan:
         Part of the experts that fits the arena, 0 to 1.
     prompt_mode : str
         ``whole``: all experts that one batch may select fit at once. ``per-tensor``: one expert tensor's share at a
-        time. ``small-batches``: n_ubatch was lowered, because a wider batch's compute buffers and experts would take too
-        much of the budget.
+        time. ``small-batches``: n_ubatch was lowered, because a wider batch's compute buffers and experts would take
+        too much of the budget.
     notes : tuple of str
         What the user should know, the two cliffs above all.
     """
@@ -315,6 +315,6 @@ def _notes(
         yield "A full prompt batch may select more experts than fit: they are then served one expert tensor at a time."
     if mode == "small-batches":
         yield (
-            f"n_ubatch is {shape.n_ubatch} instead of {n_ubatch or DEFAULT_UBATCH}: the compute buffers and experts of a"
-            " wider prompt batch would take too much of this budget."
+            f"n_ubatch is {shape.n_ubatch} instead of {n_ubatch or DEFAULT_UBATCH}: the compute buffers and experts of"
+            " a wider prompt batch would take too much of this budget."
         )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as C  # noqa: N812
 
-from edgemoe import backend
+from edgemoe import dry_run
 from edgemoe.memory import Budget
 from edgemoe.plan import ExpertPlan, make_plan
 
@@ -46,9 +46,7 @@ def arena_share(share: float) -> Iterator[None]:
 
     def plan(index: Any, _: Budget, footprint: Any, process: int, *shape: Any) -> ExpertPlan:
         def at(n_bytes: int) -> ExpertPlan:
-            return make_plan(
-                index, Budget(n_bytes, f"{share:.0%} of the experts"), footprint, process, *shape
-            )
+            return make_plan(index, Budget(n_bytes, f"{share:.0%} of the experts"), footprint, process, *shape)
 
         with_everything = at(1 << 36)
         low, high = with_everything.floor_budget, 1 << 36
@@ -60,7 +58,7 @@ def arena_share(share: float) -> Iterator[None]:
                 low = middle + 1
         return at(high if share else with_everything.floor_budget)
 
-    with mock.patch.object(backend, "make_plan", plan):
+    with mock.patch.object(dry_run, "make_plan", plan):
         yield
 
 

@@ -22,7 +22,7 @@ import pytest
 from plain_llama import TINY_MOE, arena_share, logits, plain_llama
 from tiny_models import write_tiny_model
 
-from edgemoe import backend
+from edgemoe import llama_library
 from edgemoe.backend import Llama, plan_model
 from edgemoe.errors import BackendError, BudgetError, EdgemoeError, StoreError
 from edgemoe.plan import ExpertPlan
@@ -239,7 +239,7 @@ def test_progress_of_loading_is_reported() -> None:
 def test_another_version_of_llama_cpp_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.3.35")
     with pytest.raises(BackendError, match=r"0\.3\.35 is installed.*pip install llama-cpp-python==0\.3\.36"):
-        backend._require_version()
+        llama_library.require_version()
 
 
 def test_no_llama_cpp_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_no_llama_cpp_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(BackendError, match="not installed"):
-        backend._require_version()
+        llama_library.require_version()
 
 
 def test_a_budget_below_the_floor_names_the_number_that_would_do() -> None:

@@ -1,0 +1,124 @@
+"""The only file that imports llama_cpp: the library, checked, with what edgemoe needs of it.
+
+`C` is the ctypes face of llama.h. The rest of the package uses llama-cpp-python through the names of this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+from edgemoe.errors import BackendError
+from edgemoe.interrupts import held_interrupts
+
+LLAMA_CPP_PYTHON = "0.3.36"
+"""The release whose struct layouts the native core follows."""
+
+
+def require_version() -> None:
+    """Refuse to run on another release of llama-cpp-python.
+
+    Raises
+    ------
+    BackendError
+        Names the release to install.
+    """
+    try:
+        found = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise BackendError(
+            f"llama-cpp-python is not installed; run: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
+        ) from None
+    if found != LLAMA_CPP_PYTHON:
+        raise BackendError(
+            f"llama-cpp-python {found} is installed, but edgemoe's native core follows the memory layout of"
+            f" {LLAMA_CPP_PYTHON}; run: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
+        )
+
+
+require_version()
+
+from llama_cpp import Llama as PlainLlama  # noqa: E402
+from llama_cpp import _internals, _logger  # noqa: E402
+from llama_cpp import llama_cpp as C  # noqa: E402, N812
+
+__all__ = ["LLAMA_CPP_PYTHON", "C", "PlainLlama", "in_llama_cpp", "internals", "require_version", "symbols"]
+
+internals = _internals
+"""llama_cpp's own wrappers of a model and a context."""
+
+_LOG_LEVEL_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
+
+
+@lru_cache(maxsize=1)
+def symbols() -> dict[str, int]:
+    """Addresses in the libllama that llama_cpp has loaded, by the names the native core asks for."""
+    names = {
+        name: name
+        for name in (
+            "ggml_backend_buffer_init",
+            "ggml_nbytes",
+            "ggml_init",
+            "ggml_free",
+            "ggml_new_tensor_3d",
+            "ggml_mul_mat_id",
+            "ggml_set_name",
+        )
+    }
+    # A C++ function of llama-ext.h, hence the mangled name.
+    names["llama_get_memory_breakdown"] = "_Z26llama_get_memory_breakdownPK13llama_context"
+    try:
+        return {name: ctypes.cast(C._lib[symbol], ctypes.c_void_p).value or 0 for name, symbol in names.items()}
+    except AttributeError as error:
+        raise BackendError(
+            f"the libllama of llama-cpp-python {LLAMA_CPP_PYTHON} lacks a function ({error}); reinstall it with:"
+            f" pip install --force-reinstall llama-cpp-python=={LLAMA_CPP_PYTHON}"
+        ) from error
+
+
+class _Listener:
+    """Takes llama.cpp's log while it is in the list of listeners."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.errors: list[str] = []
+
+
+_listeners: list[_Listener] = []
+
+
+@C.llama_log_callback  # type: ignore[untyped-decorator]
+def _listen(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """Hand llama.cpp's errors to whoever listens; when nobody does, llama-cpp-python prints as it likes."""
+    if not _listeners:
+        _logger.llama_log_callback(level, text, user_data)
+        return
+    line = text.decode("utf-8", "replace")
+    if any(listener.verbose for listener in _listeners):
+        print(line, end="", file=sys.stderr, flush=True)
+    if level == _LOG_LEVEL_ERROR:
+        for listener in _listeners:
+            listener.errors.append(line.strip())
+
+
+# Set once and for all: a callback that came and went could be freed while another thread is in it.
+C.llama_log_set(_listen, ctypes.c_void_p(0))
+
+
+@contextlib.contextmanager
+def in_llama_cpp(verbose: bool, stop: Callable[[], None] | None = None) -> Iterator[list[str]]:
+    """Collect llama.cpp's error lines (with `verbose`, print its whole log), and hold Ctrl-C.
+
+    KeyboardInterrupt would be lost in `_listen`, which C calls; `stop` asks the C code to end.
+    """
+    listener = _Listener(verbose)
+    with held_interrupts(stop):
+        _listeners.append(listener)
+        try:
+            yield listener.errors
+        finally:
+            _listeners.remove(listener)
