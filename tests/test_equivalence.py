@@ -17,9 +17,7 @@ N_DECODED = 200
 SETTINGS = {"n_ctx": 320, "n_threads": 1, "n_threads_batch": 1, "seed": 1}
 
 
-def assert_same_logits(
-    path: Path, share: float, n_decoded: int, io: str = "auto", prompt_length: int = 96
-) -> None:
+def assert_same_logits(path: Path, share: float, n_decoded: int, io: str = "auto", prompt_length: int = 96) -> None:
     with arena_share(share), Llama(str(path), io=io, **SETTINGS) as ours:
         n_ubatch = ours.plan.n_ubatch
         generator = np.random.default_rng(3)

@@ -18,9 +18,7 @@ PROMPTS = (b"The cat sat on the mat.", b"0123456789 + 42 = ?")
 
 def decode(path: Path) -> list[npt.NDArray[np.float32]]:
     """Logits (n_tokens, n_vocab) of each prompt, evaluated with plain llama-cpp-python."""
-    model = llama_cpp.Llama(
-        str(path), n_ctx=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False
-    )
+    model = llama_cpp.Llama(str(path), n_ctx=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
     try:
         return [evaluate(model, prompt) for prompt in PROMPTS]
     finally:
@@ -38,9 +36,7 @@ def check_logits(path: Path) -> None:
     assert np.isfinite(cat).all() and np.isfinite(digits).all()
     assert cat[-1].std() > 0.5, "flat logits: every token is as likely as any other"
     assert np.abs(cat[-1] - digits[-1]).max() > 0.5, "the prompt does not matter"
-    assert len(set(np.concatenate([cat, digits]).argmax(axis=1))) > 5, (
-        "the same token whatever comes before it"
-    )
+    assert len(set(np.concatenate([cat, digits]).argmax(axis=1))) > 5, "the same token whatever comes before it"
 
 
 @pytest.mark.parametrize("name", TINY_ARCHITECTURES)
@@ -66,9 +62,7 @@ def test_experts_of_every_ggml_type(expert_type: str, tmp_path: Path) -> None:
 def test_a_split_set_decodes_like_a_single_file(tmp_path: Path) -> None:
     (single,) = write_tiny_model(tmp_path / "single.gguf", "qwen3moe")
     parts = write_tiny_model(tmp_path / "parts.gguf", "qwen3moe", split=10)
-    assert [part.name for part in parts] == [
-        f"parts-{i:05}-of-{len(parts):05}.gguf" for i in range(1, len(parts) + 1)
-    ]
+    assert [part.name for part in parts] == [f"parts-{i:05}-of-{len(parts):05}.gguf" for i in range(1, len(parts) + 1)]
     assert len(parts) > 2
     for ours, theirs in zip(decode(single), decode(parts[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -76,8 +70,7 @@ def test_a_split_set_decodes_like_a_single_file(tmp_path: Path) -> None:
 
 def test_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     first, again, other = (
-        write_tiny_model(tmp_path / f"{i}.gguf", "olmoe", seed=seed)[0].read_bytes()
-        for i, seed in enumerate((0, 0, 1))
+        write_tiny_model(tmp_path / f"{i}.gguf", "olmoe", seed=seed)[0].read_bytes() for i, seed in enumerate((0, 0, 1))
     )
     assert first == again
     assert first != other
