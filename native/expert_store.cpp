@@ -130,9 +130,8 @@ std::byte* ExpertStore::place(int id, std::byte* region) {
     const size_t whole = page_ceil(spec.offset % page_size() + spec.n_bytes);
     placed_bytes_ += whole;
     all_fit_ = placed_bytes_ <= arena_bytes_;
-    use_small_pages(as_pointer<std::byte>(start), whole);
-    if (io_ == Io::mmap) {
-        files_[spec.file]->map_over(as_pointer<std::byte>(start), page_floor(spec.offset), whole);
+    if (io_ != Io::mmap) {
+        use_small_pages(as_pointer<std::byte>(start), whole);
     }
     return data;
 }
@@ -302,7 +301,12 @@ void ExpertStore::acquire(int layer, uint32_t parts, const std::vector<int32_t>&
     if (!failure.empty()) {
         release();
         for (const auto& [entry, part] : added) {
-            drop(entry, 1U << part);
+            try {
+                drop(entry, 1U << part);
+            } catch (const SystemError&) {
+                // Its pages could not be given back, but it no longer counts as resident: the first failure is the
+                // news.
+            }
         }
         throw SystemError(failure);
     }
@@ -330,6 +334,10 @@ void ExpertStore::plan_read(const Tensor& tensor, int expert, Pages missing) {
         begin = file_offset(tensor, missing.first);
         n_bytes = missing.bytes();
         to = as_pointer<std::byte>(missing.first);
+    }
+    if (io_ == Io::mmap && n_bytes > 0) {
+        // Resident slabs only: around a fault the kernel maps whatever else of the mapping is in its page cache.
+        file.map_over(to, begin, n_bytes);
     }
     for (uint64_t at = 0; at < n_bytes; at += kReadPiece) {
         const uint64_t n = std::min<uint64_t>(kReadPiece, n_bytes - at);
@@ -382,9 +390,8 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
     std::byte* base = as_pointer<std::byte>(pages.first);
     if (io_ == Io::mmap) {
         const MappedFile& file = *files_[tensor.spec.file];
-        const uint64_t offset = file_offset(tensor, pages.first);
-        file.map_over(base, offset, pages.bytes());
-        file.forget(offset, pages.bytes());
+        reserve_over(base, pages.bytes());
+        file.forget(file_offset(tensor, pages.first), pages.bytes());
     } else {
         discard(base, pages.bytes());
     }

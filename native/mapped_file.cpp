@@ -16,6 +16,8 @@
 #include <mutex>
 #include <utility>
 
+static_assert(sizeof(off_t) == 8 && sizeof(void*) == 8, "models need 64-bit file offsets and addresses");
+
 namespace edgemoe {
 
 namespace {
@@ -159,17 +161,25 @@ void MappedFile::forget(uint64_t offset, uint64_t n) const {
 #endif
 }
 
-std::byte* reserve_memory(size_t n) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+namespace {
+
+std::byte* map_reserved(void* where, size_t n, int flags) {
+    flags |= MAP_PRIVATE | MAP_ANONYMOUS;
 #if defined(MAP_NORESERVE)
     flags |= MAP_NORESERVE;
 #endif
-    void* base = ::mmap(nullptr, n, PROT_READ | PROT_WRITE, flags, -1, 0);
+    void* base = ::mmap(where, n, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (base == MAP_FAILED) {
         throw SystemError("reserving " + std::to_string(n) + " bytes of address space failed: " + std::strerror(errno));
     }
     return static_cast<std::byte*>(base);
 }
+
+}  // namespace
+
+std::byte* reserve_memory(size_t n) { return map_reserved(nullptr, n, 0); }
+
+void reserve_over(std::byte* base, size_t n) { map_reserved(base, n, MAP_FIXED); }
 
 void release_memory(std::byte* base, size_t n) { ::munmap(base, n); }
 
@@ -185,7 +195,7 @@ void use_small_pages(std::byte* base, size_t n) {
 void discard(std::byte* base, size_t n) {
 #if defined(__APPLE__)
     // MADV_DONTNEED is only a hint there; mapping fresh pages over the range really gives the old ones back.
-    ::mmap(base, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    reserve_over(base, n);
 #else
     ::madvise(base, n, MADV_DONTNEED);
 #endif

@@ -43,8 +43,7 @@ class MappedFile {
     // the end of the file, but at least `needed` bytes must arrive.
     void read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const;
 
-    // Maps the file's pages [offset, offset + n) read-only over `place`, replacing what was there. Nothing is read yet;
-    // done again over an earlier mapping it gives that one's memory back.
+    // Maps the file's pages [offset, offset + n) read-only over `place`, replacing what was there. Nothing is read yet.
     void map_over(std::byte* place, uint64_t offset, size_t n) const;
 
     // Throws if the file has been truncated, rewritten or touched since it was opened. A rename over it is harmless:
@@ -65,6 +64,9 @@ class MappedFile {
 // Address space without memory behind it: pages cost RAM only once they are written.
 std::byte* reserve_memory(size_t n);
 void release_memory(std::byte* base, size_t n);
+
+// Makes [base, base + n) such address space again, whatever was mapped there.
+void reserve_over(std::byte* base, size_t n);
 
 // Small pages only: a huge page would commit its neighbours' memory too.
 void use_small_pages(std::byte* base, size_t n);

@@ -1,6 +1,8 @@
 // The store against a naive model of its contract, with the kernel's page tables as a third opinion.
 #include "expert_store.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <thread>
 
@@ -45,8 +47,8 @@ void compare_stats(const StoreStats& found, const StoreStats& expected) {
     CHECK_EQUAL(found.peak_bytes, expected.peak_bytes);
 }
 
-// The kernel holds memory for exactly the pages that the model counts.
-void compare_pages(const PlacedStore& placed, const TinyModel& model, const ReferenceStore& reference) {
+// The kernel holds memory for exactly the pages that the model counts (in mmap mode it may take some back at any time).
+void compare_pages(const PlacedStore& placed, const TinyModel& model, const ReferenceStore& reference, Io io) {
     const std::vector<bool> held = resident_pages(placed.base(), placed.size());
     std::vector<bool> expected(held.size(), false);
     for (const auto& [page, count] : reference.pages) {
@@ -56,7 +58,9 @@ void compare_pages(const PlacedStore& placed, const TinyModel& model, const Refe
         expected[static_cast<size_t>(first - placed.base()) / page_size() + number -
                  model.tensors[id].offset / page_size()] = true;
     }
-    CHECK(held == expected);
+    for (size_t i = 0; i < held.size(); ++i) {
+        CHECK(held[i] == expected[i] || (io == Io::mmap && !held[i]));
+    }
 }
 
 Experts random_experts(std::mt19937& random, int n_expert, int most) {
@@ -99,9 +103,7 @@ void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, i
         compare_stats(stats, reference.stats);
         CHECK_EQUAL(stats.resident_bytes, reference.resident_bytes());
         CHECK(stats.resident_bytes <= arena_bytes);
-        if (io != Io::mmap) {  // there the kernel also maps what lies next to a page in its cache
-            compare_pages(placed, model, reference);
-        }
+        compare_pages(placed, model, reference, io);
     }
     // Whatever counts as resident has its bytes, not only what was asked for last.
     for (const auto& [layer, part, expert] : reference.resident) {
@@ -112,10 +114,10 @@ void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, i
 
 void compare_awkward(Io io) {
     const TinyModel model = awkward_model(11);
-    for (const uint64_t n_pages : {12U, 25U, 60U, 120U, 100000U}) {
-        compare(model, io, 3, n_pages * page_size(), 250, static_cast<uint32_t>(n_pages));
+    for (const uint64_t n_pages : {12U, 30U, 100U, 100000U}) {
+        compare(model, io, 3, n_pages * page_size(), 150, static_cast<uint32_t>(n_pages));
     }
-    compare(model, io, 1, 40 * page_size() + 1234, 250, 5);
+    compare(model, io, 1, 40 * page_size() + 1234, 150, 5);
 }
 
 void compare_large(Io io) {
@@ -198,6 +200,36 @@ TEST(pages_of_tensors_are_their_own) {
         CHECK(address / page_size() > last_page);
         last_page = (address + model.tensors[id].n_bytes - 1) / page_size();
     }
+}
+
+TEST(huge_pages_are_kept_away) {
+    const TinyModel model({{4, {4 * page_size() + 5}}}, {}, 1, 23);
+    for (const Io io : {Io::pread, Io::direct}) {
+        PlacedStore placed(model, io, 1, 1U << 20);
+        const std::vector<std::string> areas = memory_areas(placed.place(0), model.tensors[0].n_bytes);
+        CHECK_EQUAL(areas.size(), 1U);
+        if (::access("/sys/kernel/mm/transparent_hugepage/enabled", R_OK) == 0) {
+            CHECK(areas.front().find(" nh") != std::string::npos);
+        }
+    }
+}
+
+TEST(layer_is_settled_only_where_all_layers_fit) {
+    const TinyModel model({{2, {page_size()}}, {2, {page_size()}}}, {}, 1, 24);
+    for (const uint64_t n_pages : {5U, 8U}) {
+        PlacedStore placed(model, Io::pread, 1, n_pages * page_size());
+        placed->acquire(0, 1, {0, 1});
+        CHECK_EQUAL(placed->settled(0), n_pages == 8);
+        CHECK(!placed->settled(1));
+    }
+}
+
+TEST(fitting_counts_an_expert_once) {
+    const TinyModel model({{4, {page_size()}}}, {}, 1, 25);
+    PlacedStore placed(model, Io::pread, 1, 3 * page_size());
+    CHECK(placed->fits(0, 1, {2, 2, 2, 2}));
+    CHECK(!placed->fits(0, 1, {0, 1, 2, 3}));
+    CHECK(placed->fits(0, 0, {0, 1, 2, 3}));
 }
 
 TEST(older_expert_leaves_first) {

@@ -338,21 +338,38 @@ TEST(mapping_over_a_place_shows_the_file) {
     }
 }
 
-TEST(mapping_again_gives_memory_back_and_leaves_one_area) {
+TEST(mapping_piece_by_piece_leaves_one_area) {
     const ScratchFile file(random_bytes(64 * page_size(), 18));
     const MappedFile mapped(file.path());
     const Reserved place(64);
-    mapped.map_over(place.base, 0, place.size);
+    for (const size_t first : {1, 0}) {
+        for (size_t i = first; i < 64; i += 2) {
+            mapped.map_over(place.page(i), i * page_size(), page_size());
+        }
+    }
+    const std::vector<std::string> areas = memory_areas(place.base, place.size);
+    CHECK_EQUAL(areas.size(), 1U);
+    CHECK(areas.front().find(" rr") != std::string::npos);  // no read-ahead
     CHECK_EQUAL(count_resident(place.base, place.size), 0U);
     edgemoe::populate(place.base, place.size, file.path());
     CHECK_EQUAL(count_resident(place.base, place.size), 64U);
     CHECK(same(place.base, file, 0, place.size));
-    for (size_t i = 0; i < 64; i += 2) {
-        mapped.map_over(place.page(i), i * page_size(), page_size());
-    }
-    CHECK_EQUAL(count_resident(place.base, place.size), 32U);
+}
+
+TEST(reserving_over_a_mapping_gives_memory_back) {
+    const ScratchFile file(random_bytes(64 * page_size(), 18));
+    const MappedFile mapped(file.path());
+    const Reserved place(64);
+    mapped.map_over(place.page(8), 8 * page_size(), 32 * page_size());
+    edgemoe::populate(place.page(8), 32 * page_size(), file.path());
+    edgemoe::reserve_over(place.page(16), 16 * page_size());
+    CHECK_EQUAL(count_resident(place.base, place.size), 16U);
+    CHECK(same(place.page(8), file, 8 * page_size(), 8 * page_size()));
+    CHECK(same(place.page(32), file, 32 * page_size(), 8 * page_size()));
+    CHECK(all_zero(place.page(16), 16 * page_size()));
+    edgemoe::reserve_over(place.page(8), 32 * page_size());
+    CHECK_EQUAL(count_resident(place.page(8), 8 * page_size()), 0U);
     CHECK_EQUAL(memory_areas(place.base, place.size).size(), 1U);
-    CHECK(same(place.base, file, 0, place.size));
 }
 
 TEST(populating_a_file_that_became_shorter_is_refused) {

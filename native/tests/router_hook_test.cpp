@@ -273,12 +273,11 @@ TEST(one_part_too_large_for_the_arena_aborts) {
 
 TEST(first_failure_is_kept_and_begin_forgets_it) {
     const TinyModel model = moe_model(100);
-    Running running(model, Io::pread, kPlenty);
+    Running running(model, Io::mmap, kPlenty);
     run_once(running, 0, {9});
-    Graph graph;
-    running.add_layer(graph, 2, {{10}});
-    graph.run(*running.hook);  // without begin
+    model.files.front()->truncate(50);  // take_failure finds this out by itself
     CHECK(running.hook->take_failure().find("layer 0 asked for expert 9") != std::string::npos);
+    model.files.front()->restore();
     run_once(running, 0, {9});
     running.hook->begin();
     CHECK(!RouterHook::on_abort(running.hook.get()));
@@ -296,6 +295,27 @@ TEST(experts_that_no_router_announced_abort) {
     CHECK(!graph.run(*running.hook));
     CHECK(running.hook->take_failure().find("layer 2 uses experts that its router never announced") !=
           std::string::npos);
+}
+
+TEST(what_a_router_announced_ends_with_its_decode) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    CHECK(run_once(running, 0, {1, 2}));
+    CHECK(!run_once(running, 0, {3, 4}, "ffn_moe_topk-0 (renamed)"));
+    CHECK(running.hook->take_failure().find("never announced") != std::string::npos);
+}
+
+TEST(interrupt_at_the_top_k_reads_nothing) {
+    const TinyModel model = moe_model(100);
+    Running running(model, Io::pread, kPlenty);
+    Tensor top_k = make_tensor(fake_ggml::kI32, "ffn_moe_topk-0", {2, 1});
+    std::vector<int32_t> ids{1, 2};
+    top_k.data = ids.data();
+    running.hook->begin();
+    CHECK(RouterHook::on_node(&top_k, true, running.hook.get()));
+    running.hook->interrupt();
+    CHECK(!RouterHook::on_node(&top_k, false, running.hook.get()));
+    CHECK_EQUAL(running.store->stats().misses, 0U);
 }
 
 TEST(interrupt_stops_the_graph) {

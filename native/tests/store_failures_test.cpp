@@ -88,6 +88,9 @@ TEST(file_truncated_between_requests) {
         file.restore();
         expect_all_read(model, placed, 1, {2, 7});
         CHECK(placed.holds(0, {1, 5}));
+        CHECK(!placed->settled(1));
+        placed->acquire(1, 3, {0, 1, 2, 3, 4, 5, 6, 7});
+        CHECK(placed->settled(1));
     });
 }
 
