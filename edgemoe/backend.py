@@ -255,6 +255,9 @@ class _Context(internals.LlamaContext):
                     f"llama.cpp could not evaluate the batch: {reason}; is it longer than the context?"
                 ) from error
         self._store.raise_failure()
+        # Stopped after llama.cpp's last look at the flag: it reports success for a graph that was cut short.
+        if session.interrupted():
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         if self._prompt_thread is not None:
