@@ -136,8 +136,7 @@ TINY_ARCHITECTURES: dict[str, TinyArchitecture] = {
         {"ff_shexp": "2*ff_exp"},
     ),
     "bailingmoe2": TinyArchitecture(
-        1 * [f"{NORMED} fused-qkv norm-per-head dense"]
-        + 2 * [f"{NORMED} fused-qkv norm-per-head {BIASED_AND_SHARED}"],
+        1 * [f"{NORMED} fused-qkv norm-per-head dense"] + 2 * [f"{NORMED} fused-qkv norm-per-head {BIASED_AND_SHARED}"],
         {**FIRST_IS_DENSE, **NORMALIZED_SIGMOID, **GROUPS, **SHARED_FF, "expert_shared_count": 1},
     ),
     "cohere2moe": TinyArchitecture(
@@ -169,8 +168,7 @@ TINY_ARCHITECTURES: dict[str, TinyArchitecture] = {
         MLA_DIMENSIONS,
     ),
     "deepseek32": TinyArchitecture(
-        1 * [f"{NORMED} mla-query mla indexer dense"]
-        + 2 * [f"{NORMED} mla-query mla indexer {BIASED_AND_SHARED}"],
+        1 * [f"{NORMED} mla-query mla indexer dense"] + 2 * [f"{NORMED} mla-query mla indexer {BIASED_AND_SHARED}"],
         {**DEEPSEEK_KEYS, **INDEXER_KEYS},
         {**MLA_DIMENSIONS, **INDEXER_DIMENSIONS},
     ),
@@ -234,8 +232,7 @@ TINY_ARCHITECTURES: dict[str, TinyArchitecture] = {
         OUTPUT | tensors("rope_freqs.weight half_rot"),
     ),
     "glm-dsa": TinyArchitecture(
-        1 * [f"{NORMED} mla-query mla indexer dense"]
-        + 2 * [f"{NORMED} mla-query mla indexer {BIASED_AND_SHARED}"],
+        1 * [f"{NORMED} mla-query mla indexer dense"] + 2 * [f"{NORMED} mla-query mla indexer {BIASED_AND_SHARED}"],
         {**DEEPSEEK_KEYS, **INDEXER_KEYS},
         {**MLA_DIMENSIONS, **INDEXER_DIMENSIONS},
     ),
@@ -278,9 +275,7 @@ TINY_ARCHITECTURES: dict[str, TinyArchitecture] = {
         {"expert_chunk_feed_forward_length": "ff_chunk", "expert_group_scale": 0.05, "experts_per_group": 2},
         {"ff_chunk": "16", "chunk": "8", "expert": "2*chunk"},
     ),
-    "hunyuan-moe": TinyArchitecture(
-        3 * [f"{QK_NORMED} experts shared"], SHARED_FF, FF_IS_EXPERT, TIED_OUTPUT
-    ),
+    "hunyuan-moe": TinyArchitecture(3 * [f"{QK_NORMED} experts shared"], SHARED_FF, FF_IS_EXPERT, TIED_OUTPUT),
     "hy_v3": TinyArchitecture(
         1 * [f"{QK_NORMED} dense"] + 2 * [f"{QK_NORMED} experts shared selection-bias-without-suffix"],
         {**NORMALIZED_SIGMOID, **SHARED_FF},

@@ -104,9 +104,7 @@ def write_tiny_model(
 
 
 def _named_tensors(tiny: TinyArchitecture) -> Tensors:
-    blocks = {
-        f"blk.{i}.{name}": axes for i, parts in enumerate(tiny.layers) for name, axes in layer(parts).items()
-    }
+    blocks = {f"blk.{i}.{name}": axes for i, parts in enumerate(tiny.layers) for name, axes in layer(parts).items()}
     return tiny.output | blocks
 
 
@@ -132,9 +130,7 @@ def _weights(name: str, shape: tuple[int, ...], seed: int) -> Floats:
 def _experts_by_token(shape: tuple[int, ...], n_expert: int, seed: int) -> npt.NDArray[np.int32]:
     """DeepSeek V4's table of routes: different experts for each token, (n_vocab, n_expert_used)."""
     n_used, n_vocab = shape
-    return (
-        np.random.default_rng(seed).random((n_vocab, n_expert)).argsort(axis=1)[:, :n_used].astype(np.int32)
-    )
+    return np.random.default_rng(seed).random((n_vocab, n_expert)).argsort(axis=1)[:, :n_used].astype(np.int32)
 
 
 def _add_key(writer: gguf.GGUFWriter, key: str, value: Key, sizes: Mapping[str, Axis]) -> None:
@@ -194,9 +190,7 @@ def _ggml() -> ctypes.CDLL:
 def _add_quantized(writer: gguf.GGUFWriter, name: str, weights: Floats, expert_type: str) -> None:
     ggml, type_id, row = _ggml(), EXPERT_TYPES[expert_type], weights.shape[-1]
     if row % ggml.ggml_blck_size(type_id):
-        raise ValueError(
-            f"{name}: rows of {row} do not fit {expert_type} blocks of {ggml.ggml_blck_size(type_id)}"
-        )
+        raise ValueError(f"{name}: rows of {row} do not fit {expert_type} blocks of {ggml.ggml_blck_size(type_id)}")
     n_rows = weights.size // row
     # int8, because gguf works out the shape of uint8 data itself, which fails for types it does not know.
     data = np.zeros(n_rows * ggml.ggml_row_size(type_id, row), dtype=np.int8)
