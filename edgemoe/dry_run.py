@@ -18,6 +18,8 @@ __all__ = ["DryRun", "n_outputs_max", "plan_for", "plan_model", "refused"]
 # What a process grows by once it runs: Python's own allocations, and the sampler's arrays over the vocabulary.
 _GROWTH = 8 << 20
 _BYTES_PER_TOKEN_OF_VOCABULARY = 64
+# llama.cpp's bookkeeping for each position of the KV cache (llama_kv_cells), and llama_cpp.Llama's array of tokens.
+_BYTES_PER_CELL = 64
 
 
 class DryRun:
@@ -72,6 +74,7 @@ class DryRun:
                 raise refused(self._index, errors)
             _, kv_bytes, compute_bytes = memory_use(symbols(), ctypes.cast(context, ctypes.c_void_p).value or 0)
             C.llama_free(context)
+        kv_bytes += _BYTES_PER_CELL * n_ctx
         flash = params.flash_attn_type == C.LLAMA_FLASH_ATTN_TYPE_ENABLED
         scratch = kernel_scratch(self._index, n_ctx, n_ubatch, flash)
         logits = self._index.n_vocab * 4 * (2 * n_ctx if self._logits_all else 2)

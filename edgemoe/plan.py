@@ -140,7 +140,7 @@ def make_plan(
     space = budget.bytes - headroom - fixed
     widest = n_ubatch or DEFAULT_UBATCH
 
-    smallest_ctx = n_ctx or min(SMALLEST_CTX, index.context_length)
+    smallest_ctx = n_ctx or min(SMALLEST_CTX, max(index.context_length, 1))
     least = footprint(smallest_ctx, 1)
     floor_budget = _with_headroom(fixed + least.total + _page_tables(pages.floor) + pages.floor)
     if budget.bytes < floor_budget:
@@ -158,26 +158,24 @@ def make_plan(
         available = (space - shape.total) * 512 // 513
         return min(available // page_size() * page_size(), pages.total)
 
-    def feasible(ctx: int) -> Iterator[Footprint]:
-        """Batches from wide to narrow whose worst case fits the arena."""
-        width = min(widest, ctx)
-        while width >= 1:
-            shape = footprint(ctx, width)
-            if arena_for(shape) >= max(pages.floor, pages.one_tensor(width)):
-                yield shape
-            width //= 2
+    def fits(shape: Footprint) -> bool:
+        """Whether the worst batch of that shape finds room in what it leaves to the arena."""
+        return arena_for(shape) >= max(pages.floor, pages.one_tensor(shape.n_ubatch))
 
-    chosen: Footprint | None = None
-    for ctx in [n_ctx] if n_ctx else _context_sizes(index.context_length):
-        shapes = list(feasible(ctx))
-        if not shapes:
-            continue
-        if n_ctx is None and ctx > smallest_ctx and shapes[-1].kv_bytes > space // CONTEXT_SHARE:
-            continue
-        modest = (s for s in shapes if s.compute_bytes + s.scratch_bytes <= space // COMPUTE_SHARE)
-        chosen = shapes[0] if n_ubatch else next(modest, shapes[-1])
-        break
-    assert chosen is not None, "a budget above the floor always has a feasible shape"
+    # Upwards, and no further than needed: a dry run of a million tokens takes memory itself.
+    for ctx in () if n_ctx else _context_sizes(smallest_ctx, index.context_length):
+        longer = footprint(ctx, 1)
+        if longer.kv_bytes > space // CONTEXT_SHARE or not fits(longer):
+            break
+        least = longer
+
+    chosen = least
+    for width in _halves(min(widest, least.n_ctx)):
+        wider = footprint(least.n_ctx, width)
+        modest = wider.compute_bytes + wider.scratch_bytes <= space // COMPUTE_SHARE
+        if fits(wider) and (modest or n_ubatch):
+            chosen = wider
+            break
 
     arena = arena_for(chosen)
     if chosen.n_ubatch < min(widest, chosen.n_ctx):
@@ -252,13 +250,15 @@ def _round_up_mib(n_bytes: int) -> int:
     return -(-n_bytes // MIB)
 
 
-def _context_sizes(longest: int) -> Iterator[int]:
-    """Give the model's own context and its halves, down to `SMALLEST_CTX`."""
-    size = max(longest, 1)
-    while size > SMALLEST_CTX:
-        yield size
-        size //= 2
-    yield min(SMALLEST_CTX, max(longest, 1))
+def _halves(n: int) -> Iterator[int]:
+    while n >= 1:
+        yield n
+        n //= 2
+
+
+def _context_sizes(shortest: int, longest: int) -> list[int]:
+    """Give the model's own context and those of its halves that are longer than the shortest, upwards."""
+    return [size for size in _halves(longest) if size > shortest][::-1]
 
 
 class _SlabPages:
