@@ -354,7 +354,7 @@ def test_file_cut_short_while_talking(tmp_path: Path) -> None:
 
 
 def test_interrupted_run_says_what_it_took() -> None:
-    with start("run", TINY_MOE, "--ram", "160MiB", "--ctx", "16384", "--temp", "2", PROMPT) as run:
+    with start("run", TINY_MOE, "--ram", "160MiB", "--ctx", "16384", "--temp", "2", "--seed", "2", PROMPT) as run:
         assert run.stdout and run.stderr
         first = run.stdout.read(8)
         run.send_signal(signal.SIGINT)
@@ -386,7 +386,7 @@ def test_interrupted_prompt_stops_at_once() -> None:
 
 
 def test_closed_pipe_is_quiet() -> None:
-    with start("run", TINY_MOE, "--ram", RAM, "--quiet", "--ctx", "2048", "--temp", "2", PROMPT) as run:
+    with start("run", TINY_MOE, "--ram", RAM, "--quiet", "--ctx", "2048", "--temp", "2", "--seed", "2", PROMPT) as run:
         assert run.stdout and run.stderr
         run.stdout.read(1)
         run.stdout.close()
