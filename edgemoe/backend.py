@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ class Llama(PlainLlama):
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.
         kwargs.pop("use_mmap", None)
         try:
-            with in_llama_cpp(kwargs["verbose"]) as errors, _reporting(self.store, self.index, on_progress):
+            interrupt = self.store.session.interrupt
+            with in_llama_cpp(kwargs["verbose"], interrupt) as errors, _reporting(self.store, self.index, on_progress):
                 try:
                     with _built_around(self.store, n_outputs_max(kwargs)):
                         super().__init__(
@@ -206,7 +208,10 @@ class _Model(internals.LlamaModel):
         # Repacked weights are a second copy in another layout.
         params.use_extra_bufts = False
         # verbose=True only keeps llama_cpp from closing stderr, where the progress bar is; the log is already caught.
-        super().__init__(path_model=path_model, params=params, verbose=True)
+        load = partial(super().__init__, path_model=path_model, params=params, verbose=True)
+        # In another thread, because Python sees Ctrl-C only between C calls.
+        with ThreadPoolExecutor(1, "edgemoe-load") as loader:
+            loader.submit(load).result()
         self.verbose = verbose
         store.session.restore_names()
 

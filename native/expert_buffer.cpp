@@ -76,6 +76,9 @@ int ExpertBuffer::init_tensor(ggml::Buffer* buffer, ggml::Tensor* tensor) {
 }
 
 void ExpertBuffer::adopt(ggml::Tensor* tensor) {
+    if (stop_) {
+        throw SystemError("loading was interrupted");
+    }
     const auto found = by_name_.find(tensor->name);
     if (found == by_name_.end() || tensor->view_src != nullptr) {
         return;

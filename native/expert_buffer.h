@@ -6,6 +6,7 @@
 // find in the file. Tensors that are not in the file at all (LoRA adapters) are ordinary memory.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -23,6 +24,7 @@ class ExpertBuffer {
 
     ggml::BufferType* type() { return &type_; }
     void restore_names();
+    void interrupt() { stop_ = true; }  // from any thread: the load fails at the next tensor
     // The store's tensor behind a placed expert tensor, or -1.
     int expert_tensor(const ggml::Tensor* tensor) const {
         const auto found = experts_.find(tensor);
@@ -54,6 +56,7 @@ class ExpertBuffer {
     std::unordered_map<std::string, int> by_name_;
     std::unordered_map<const ggml::Tensor*, int> experts_;
     std::vector<std::pair<ggml::Tensor*, int>> renamed_;
+    std::atomic<bool> stop_{false};
     std::string failure_;
 };
 

@@ -106,10 +106,16 @@ NB_MODULE(_native, m) {
         .def("abort_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_abort); })
         .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.hook.get()); })
         .def("begin", [](Session& s) { s.hook->begin(); })
-        .def("interrupt", [](Session& s) { s.hook->interrupt(); })
+        .def("interrupt",
+             [](Session& s) {
+                 if (s.hook) {
+                     s.buffer->interrupt();
+                     s.hook->interrupt();
+                 }
+             })
         .def("interrupted", [](Session& s) { return s.hook->interrupted(); })
         .def("take_failure", [](Session& s) { return s.hook->take_failure(); })
-        .def("staged_layers", [](Session& s) { return s.hook->staged_layers(); })
+        .def("staged_layers", [](Session& s) { return s.hook ? s.hook->staged_layers() : 0; })
         .def("stats", [](Session& s) { return s.store.stats(); });
 
     m.def(

@@ -371,3 +371,24 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_kept() -> None:
         assert (llama.plan.n_ctx, llama.plan.n_ubatch) == (plan.n_ctx, plan.n_ubatch)
         assert llama.plan.bytes_of("KV cache") == plan.bytes_of("KV cache")
         assert sum(line.bytes for line in llama.plan.lines) == 1 << 30
+
+
+def test_ctrl_c_stops_a_load(tmp_path: Path) -> None:
+    """In a process of its own; the signal comes while the first tensor is being read."""
+    program = f"""
+import os, signal
+from edgemoe.backend import Llama
+from edgemoe.llama_library import internals
+begin = internals.LlamaModel.__init__
+def begin_and_interrupt(self, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    begin(self, **kwargs)
+internals.LlamaModel.__init__ = begin_and_interrupt
+done = []
+try:
+    Llama({str(TINY_MOE)!r}, ram="1GiB", n_ctx=512, on_progress=lambda now, total: done.append(now / total))
+except KeyboardInterrupt:
+    print("interrupted at", "less than all" if done[-1] < 1 else "all")
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("interrupted at less than all\n", "")
