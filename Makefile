@@ -31,11 +31,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 # The native core three times: plain, with ASan and UBSan, with TSan.
-native-format: $(VENV)/.dev
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
-
-test: $(VENV)/.dev
+native-test: $(VENV)/.dev
 	for sanitizer in "" address,undefined thread; do \
 	    build=build/native-$${sanitizer:-plain}; \
 	    $(BIN)/cmake -S native -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
