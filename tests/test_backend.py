@@ -340,12 +340,15 @@ llama.eval([5, 6, 7])
 print(llama.n_tokens, flush=True)
 llama.close()
 """
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    time.sleep(0.3)
-    child.send_signal(signal.SIGINT)
-    output, _ = child.communicate(timeout=30)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        try:
+            output, _ = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert output == "3\n"
     assert child.returncode == 0
 
