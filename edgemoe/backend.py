@@ -10,9 +10,7 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +206,8 @@ class _Model(internals.LlamaModel):
         # Repacked weights are a second copy in another layout.
         params.use_extra_bufts = False
         # verbose=True only keeps llama_cpp from closing stderr, where the progress bar is; the log is already caught.
-        load = partial(super().__init__, path_model=path_model, params=params, verbose=True)
-        # In another thread, because Python sees Ctrl-C only between C calls.
-        with ThreadPoolExecutor(1, "edgemoe-load") as loader:
-            loader.submit(load).result()
+        with _interruptible(store):
+            super().__init__(path_model=path_model, params=params, verbose=True)
         self.verbose = verbose
         store.session.restore_names()
 
@@ -226,7 +222,6 @@ class _Context(internals.LlamaContext):
         params.abort_callback = C.ggml_abort_callback(session.abort_callback())
         params.abort_callback_data = session.callback_data()
         self._store = store
-        self._prompt_thread: ThreadPoolExecutor | None = None
         super().__init__(model=model, params=params, verbose=verbose)
 
     def decode(self, batch: Any) -> None:
@@ -243,13 +238,7 @@ class _Context(internals.LlamaContext):
         session.begin()
         with in_llama_cpp(self.verbose, session.interrupt) as errors:
             try:
-                # Python sees Ctrl-C only between C calls, and a prompt batch can take minutes: the main thread waits
-                # for another one. A single token is not worth the detour.
-                if n_tokens > 1 and threading.current_thread() is threading.main_thread():
-                    if self._prompt_thread is None:
-                        self._prompt_thread = ThreadPoolExecutor(1, "edgemoe-prompt")
-                    self._prompt_thread.submit(compute, batch).result()
-                else:
+                with _interruptible(self._store):
                     compute(batch)
             except RuntimeError as error:
                 self._store.raise_failure()
@@ -264,11 +253,18 @@ class _Context(internals.LlamaContext):
         if session.interrupted():
             raise KeyboardInterrupt
 
-    def close(self) -> None:
-        if self._prompt_thread is not None:
-            self._prompt_thread.shutdown()
-            self._prompt_thread = None
-        super().close()
+
+@contextlib.contextmanager
+def _interruptible(store: ExpertStore) -> Iterator[None]:
+    """Have SIGINT stop the C code at once; Python, which gets to know of it only afterwards, then raises as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    store.session.watch_interrupts()
+    try:
+        yield
+    finally:
+        store.session.ignore_interrupts()
 
 
 @contextlib.contextmanager

@@ -308,4 +308,48 @@ BusErrorGuard::~BusErrorGuard() {
     }
 }
 
+// ---------------------------------------------------------------- SIGINT
+
+namespace {
+
+std::atomic<void (*)(void*)> interrupt_stop{nullptr};
+std::atomic<void*> interrupt_argument{nullptr};
+struct sigaction interrupt_before;
+
+void on_interrupt(int signal, siginfo_t* info, void* context) {
+    if (void (*stop)(void*) = interrupt_stop.load()) {
+        stop(interrupt_argument.load());
+    }
+    if ((interrupt_before.sa_flags & SA_SIGINFO) != 0) {
+        interrupt_before.sa_sigaction(signal, info, context);
+    } else {
+        interrupt_before.sa_handler(signal);
+    }
+}
+
+}  // namespace
+
+InterruptWatch::InterruptWatch(void (*stop)(void*), void* argument) {
+    if (::sigaction(SIGINT, nullptr, &interrupt_before) != 0 ||
+        ((interrupt_before.sa_flags & SA_SIGINFO) == 0 &&
+         (interrupt_before.sa_handler == SIG_IGN || interrupt_before.sa_handler == SIG_DFL))) {
+        return;
+    }
+    interrupt_argument = argument;
+    interrupt_stop = stop;
+    struct sigaction action{};
+    action.sa_sigaction = on_interrupt;
+    action.sa_flags = SA_SIGINFO | (interrupt_before.sa_flags & (SA_ONSTACK | SA_RESTART));
+    action.sa_mask = interrupt_before.sa_mask;
+    ::sigaction(SIGINT, &action, nullptr);
+}
+
+InterruptWatch::~InterruptWatch() {
+    if (interrupt_stop.load() == nullptr) {
+        return;
+    }
+    ::sigaction(SIGINT, &interrupt_before, nullptr);
+    interrupt_stop = nullptr;
+}
+
 }  // namespace edgemoe

@@ -73,6 +73,15 @@ struct Session {
     edgemoe::ExpertStore store;
     std::unique_ptr<edgemoe::ExpertBuffer> buffer;
     std::unique_ptr<edgemoe::RouterHook> hook;
+    std::unique_ptr<edgemoe::InterruptWatch> watch;
+
+    // Only stores to atomics: it is called from a signal handler too.
+    void interrupt() {
+        if (hook) {
+            buffer->interrupt();
+            hook->interrupt();
+        }
+    }
 };
 
 }  // namespace
@@ -106,13 +115,13 @@ NB_MODULE(_native, m) {
         .def("abort_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_abort); })
         .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.hook.get()); })
         .def("begin", [](Session& s) { s.hook->begin(); })
-        .def("interrupt",
+        .def("interrupt", &Session::interrupt)
+        .def("watch_interrupts",
              [](Session& s) {
-                 if (s.hook) {
-                     s.buffer->interrupt();
-                     s.hook->interrupt();
-                 }
+                 s.watch = std::make_unique<edgemoe::InterruptWatch>(
+                     [](void* session) { static_cast<Session*>(session)->interrupt(); }, &s);
              })
+        .def("ignore_interrupts", [](Session& s) { s.watch.reset(); })
         .def("interrupted", [](Session& s) { return s.hook->interrupted(); })
         .def("take_failure", [](Session& s) { return s.hook->take_failure(); })
         .def("staged_layers", [](Session& s) { return s.hook ? s.hook->staged_layers() : 0; })

@@ -1,0 +1,118 @@
+"""What a result depends on besides the code: processor, memory, disk, kernel, versions, page cache."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import mmap
+import os
+import platform
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arm import REPOSITORY
+
+_LANES = 8
+_PIECE = 1 << 20
+_PROBED = 2 << 30
+
+
+def describe(model: Path) -> dict[str, Any]:
+    """The machine, the versions and the model, for the head of a result."""
+    from edgemoe.index import read_index
+    from edgemoe.memory import machine
+
+    index = read_index(model)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram": machine().total,
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "disk_bytes_per_s": disk_bandwidth(model),
+        "python": platform.python_version(),
+        "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
+        "model": {
+            "name": index.name,
+            "architecture": index.architecture,
+            "quantization": index.quantization,
+            "n_layer": index.n_layer,
+            "n_expert": index.n_expert,
+            "file_bytes": index.file_bytes,
+            "dense_bytes": index.dense_bytes,
+            "expert_bytes": index.expert_bytes,
+            "token_cycle_bytes": index.token_cycle_bytes,
+        },
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def disk_bandwidth(path: Path) -> float | None:
+    """Bytes per second of O_DIRECT reads of the file, 1 MiB each by 8 threads; None where O_DIRECT is refused."""
+    size = min(path.stat().st_size, _PROBED) // _PIECE * _PIECE
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+
+    def read(lane: int) -> None:
+        with mmap.mmap(-1, _PIECE) as buffer:
+            for at in range(lane * _PIECE, size, _LANES * _PIECE):
+                os.preadv(file, [buffer], at)
+
+    try:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(_LANES) as lanes:
+            list(lanes.map(read, range(_LANES)))
+        return size / (time.perf_counter() - started)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def make_cold(path: Path) -> None:
+    """Drop one file from the page cache, which takes no special right.
+
+    Raises
+    ------
+    RuntimeError
+        When parts of it stay there, because a process has them mapped.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        cached = _cached_share(file)
+    finally:
+        os.close(file)
+    if cached:
+        raise RuntimeError(f"{cached:.0%} of {path} stays in the page cache; end the programs that use it")
+
+
+def _cached_share(file: int) -> float:
+    """Share of a file in the page cache, by samples; asking does not read anything in."""
+    size = os.fstat(file).st_size
+    samples = range(0, size, max(size // 256, mmap.PAGESIZE))
+    cached = 0
+    for at in samples:
+        with contextlib.suppress(BlockingIOError):
+            cached += os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    return cached / len(samples)
