@@ -20,8 +20,9 @@ from edgemoe.dry_run import n_outputs_max, plan_for, plan_model, refused
 from edgemoe.errors import BackendError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.llama_library import C, PlainLlama, in_llama_cpp, internals, symbols
+from edgemoe.memory import machine
 from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan
-from edgemoe.store import ExpertStore
+from edgemoe.store import ExpertStore, forget_libraries, return_freed_memory
 
 __all__ = ["Llama", "plan_model"]
 
@@ -102,6 +103,10 @@ class Llama(PlainLlama):
         self.plan = plan_for(self.index, ram, n_ctx, n_ubatch, kwargs)
         if on_plan is not None:
             on_plan(self.plan)
+        # The dry run is freed by now; the load needs the same memory again.
+        return_freed_memory()
+        if machine().cgroup_limit is not None:
+            forget_libraries()
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io)
         kwargs.setdefault("verbose", False)
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.

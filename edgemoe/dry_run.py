@@ -11,7 +11,7 @@ from edgemoe.index import ExpertIndex, read_index
 from edgemoe.llama_library import LLAMA_CPP_PYTHON, C, in_llama_cpp, symbols
 from edgemoe.memory import current_rss, parse_budget
 from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, kernel_scratch, make_plan
-from edgemoe.store import memory_use
+from edgemoe.store import memory_use, return_freed_memory
 
 __all__ = ["DryRun", "n_outputs_max", "plan_for", "plan_model", "refused"]
 
@@ -143,6 +143,7 @@ def plan_for(
         fields |= {"embeddings": True, "n_seq_max": C.llama_max_parallel_sequences(), "kv_unified": True}
     with DryRun(index, fields, bool(options.get("logits_all"))) as dry_run:
         budget = parse_budget(ram)
+        return_freed_memory()
         process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab
         return make_plan(index, budget, dry_run.footprint, process, n_ctx, n_ubatch)
 

@@ -137,12 +137,14 @@ def make_plan(
     pages = _SlabPages(index)
     fixed = process_bytes + index.dense_bytes
     headroom = headroom_of(budget.bytes)
-    space = budget.bytes - headroom - fixed
+    # 8 bytes for each page that was ever used: evicting an expert frees its pages, not the tables that map them.
+    tables = -(-(pages.total + index.dense_bytes) // 512)
+    space = budget.bytes - headroom - fixed - tables
     widest = n_ubatch or DEFAULT_UBATCH
 
     smallest_ctx = n_ctx or min(SMALLEST_CTX, max(index.context_length, 1))
     least = footprint(smallest_ctx, 1)
-    floor_budget = _with_headroom(fixed + least.total + _page_tables(pages.floor) + pages.floor)
+    floor_budget = _with_headroom(fixed + tables + least.total + pages.floor)
     if budget.bytes < floor_budget:
         raise BudgetError(
             f"{budget.reason} is too small for {index.path.name}: at least {format_bytes(floor_budget)} is needed"
@@ -154,9 +156,7 @@ def make_plan(
         )
 
     def arena_for(shape: Footprint) -> int:
-        # Page tables map the arena: 8 bytes for each page.
-        available = (space - shape.total) * 512 // 513
-        return min(available // page_size() * page_size(), pages.total)
+        return min((space - shape.total) // page_size() * page_size(), pages.total)
 
     def fits(shape: Footprint) -> bool:
         """Whether the worst batch of that shape finds room in what it leaves to the arena."""
@@ -182,8 +182,7 @@ def make_plan(
         mode = "small-batches"
     else:
         mode = "whole" if arena >= pages.whole(chosen.n_ubatch) else "per-tensor"
-    tables = _page_tables(arena)
-    free = budget.bytes - headroom - fixed - chosen.total - arena - tables
+    free = space - chosen.total - arena
     share = min(1.0, arena / pages.total)
     lines = (
         PlanLine("Python and libraries", process_bytes, "measured in this process, vocabulary included"),
@@ -192,7 +191,7 @@ def make_plan(
         PlanLine("compute buffers", chosen.compute_bytes, f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"),
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
         PlanLine("expert arena", arena, f"{share:.0%} of {format_bytes(index.expert_bytes)} of experts"),
-        PlanLine("page tables", tables, "the kernel's map of the arena"),
+        PlanLine("page tables", tables, "the kernel's map of all experts and weights"),
         PlanLine("headroom", headroom, "never planned for: allocator and Python growth"),
         PlanLine(
             "left free",
@@ -240,10 +239,6 @@ def kernel_scratch(index: ExpertIndex, n_ctx: int, n_ubatch: int, flash_attn: bo
 
 def _with_headroom(n_bytes: int) -> int:
     return max(n_bytes + 4 * MIB, -(-n_bytes * 64 // 63)) + page_size()
-
-
-def _page_tables(arena: int) -> int:
-    return -(-arena // 512)
 
 
 def _round_up_mib(n_bytes: int) -> int:

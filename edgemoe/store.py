@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from edgemoe.errors import StoreError, UnsupportedPlatformError
@@ -171,6 +172,25 @@ class ExpertStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def return_freed_memory() -> None:
+    """Have the C allocator hand freed memory back to the system, now and for large blocks from now on."""
+    _native.return_freed_memory()
+
+
+def forget_libraries() -> None:
+    """Drop what loading our own libraries and modules left in the page cache beyond the pages in use.
+
+    Only a memory cgroup counts it, and there it is 40 MiB at a cold start: most of a library is read ahead.
+    """
+    maps = Path("/proc/self/maps")
+    files = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines()} if maps.exists() else set()
+    files |= {str(getattr(module, "__cached__", None)) for module in list(sys.modules.values())}
+    for path in files:
+        if path.startswith("/"):
+            with contextlib.suppress(OSError):  # deleted since, or not a file
+                _native.forget_file(path)
 
 
 def memory_use(symbols: Mapping[str, int], llama_context: int) -> tuple[int, int, int]:

@@ -5,6 +5,9 @@
 #endif
 
 #include <fcntl.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -221,6 +224,14 @@ void populate(std::byte* base, size_t n, const std::string& path) {
     for (size_t at = 0; at < n; at += page_size()) {
         static_cast<void>(*reinterpret_cast<const volatile unsigned char*>(base + at));
     }
+}
+
+void return_freed_memory() {
+#if defined(__GLIBC__)
+    // A fixed threshold: left alone, it grows with each large block freed, and such blocks then stay in the heap.
+    ::mallopt(M_MMAP_THRESHOLD, 4 << 20);
+    ::malloc_trim(0);
+#endif
 }
 
 // ---------------------------------------------------------------- SIGBUS

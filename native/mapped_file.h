@@ -77,6 +77,9 @@ void discard(std::byte* base, size_t n);
 // Brings in the pages of a file mapping, in large reads. Throws where the file has become shorter.
 void populate(std::byte* base, size_t n, const std::string& path);
 
+// Has the allocator hand freed memory back: large blocks at once from now on, the rest of what is free now.
+void return_freed_memory();
+
 // Reading a mapped file that was truncated raises SIGBUS. While a guard lives, such a fault inside its range is given a
 // page of zeros and noted, so that the answer can be refused instead of the process dying.
 class BusErrorGuard {

@@ -149,6 +149,8 @@ NB_MODULE(_native, m) {
         "symbols"_a, "llama_context"_a);
     m.def("forget_file", [](const std::string& path) { edgemoe::MappedFile(path).forget(0, 0); }, "path"_a);
 
+    m.def("return_freed_memory", &edgemoe::return_freed_memory);
+
     nb::register_exception_translator([](const std::exception_ptr& error, void*) {
         try {
             std::rethrow_exception(error);
