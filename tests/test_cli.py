@@ -338,11 +338,13 @@ def test_absurd_flags_are_usage_errors(verb: str, flags: str) -> None:
 def test_file_cut_short_while_talking(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     shutil.copy(TINY_MOE, model)
-    with start("chat", model, "--ram", "80MiB", "--json", "--max-tokens", "8") as chat:
+    with start("chat", model, "--ram", RAM, "--json", "--max-tokens", "8", "--temp", "0") as chat:
         assert chat.stdin and chat.stdout and chat.stderr
         chat.stdin.write("Hello\n")
         chat.stdin.flush()
-        assert json.loads(chat.stdout.readline())["text"]
+        first = chat.stdout.readline()
+        assert first, chat.stderr.read()
+        assert json.loads(first)["text"]
         os.truncate(model, 20_000_000)
         chat.stdin.write("And now something else altogether\n")
         chat.stdin.close()
