@@ -226,15 +226,20 @@ void ExpertStore::release() {
     pinned_.clear();
 }
 
-void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
+int ExpertStore::n_expert(int layer) const {
     if (n_parts(layer) == 0) {
         throw SystemError("layer " + std::to_string(layer) + " was asked for experts, but the model has none there");
     }
+    return layers_[layer].n_expert;
+}
+
+void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
+    const int n = n_expert(layer);
     const Layer& in = layers_[layer];
     for (const int32_t expert : experts) {
-        if (expert < 0 || expert >= in.n_expert) {
+        if (expert < 0 || expert >= n) {
             throw SystemError("layer " + std::to_string(layer) + " asked for expert " + std::to_string(expert) +
-                              " of " + std::to_string(in.n_expert) + ": the router's output is not what it should be");
+                              " of " + std::to_string(n) + ": the router's output is not what it should be");
         }
     }
     for (const int id : in.tensors) {
@@ -250,7 +255,24 @@ void ExpertStore::check_files(const Layer& layer) const {
     }
 }
 
-void ExpertStore::acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
+void ExpertStore::warm(int layer, const std::vector<int32_t>& experts) {
+    bring(layer, (1U << n_parts(layer)) - 1, experts, false);
+    release();
+}
+
+void ExpertStore::prefer(int layer, const std::vector<int32_t>& experts) {
+    check_request(layer, 0, experts);
+    const Layer& in = layers_[layer];
+    std::vector<bool> preferred(in.n_expert, false);
+    for (const int32_t expert : experts) {
+        preferred[expert] = true;
+    }
+    for (int32_t expert = 0; expert < in.n_expert; ++expert) {
+        order_.prefer(in.first_entry + expert, preferred[expert]);
+    }
+}
+
+void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted) {
     release();
     check_request(layer, parts, experts);
     const Layer& in = layers_[layer];
@@ -274,10 +296,10 @@ void ExpertStore::acquire(int layer, uint32_t parts, const std::vector<int32_t>&
                     continue;
                 }
                 if ((entries_[entry].resident >> part & 1) != 0) {
-                    ++hits_;
+                    hits_ += counted ? 1 : 0;
                     continue;
                 }
-                ++misses_;
+                misses_ += counted ? 1 : 0;
                 make_room(tensors_[id], entry - in.first_entry);
                 added.emplace_back(entry, part);
                 add(entry, part);

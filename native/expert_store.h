@@ -76,14 +76,19 @@ class ExpertStore {
 
     // -------- serve
     int n_parts(int layer) const;
+    int n_expert(int layer) const;  // throws SystemError where there are none
     int part_of(int id) const { return tensors_[id].part; }
     // Every expert of the layer is resident and none will ever have to leave: the layer needs no `acquire` any more.
     bool settled(int layer) const {
         return all_fit_ && layers_[layer].resident_slabs == layers_[layer].n_expert * n_parts(layer);
     }
     bool fits(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
-    void acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts);
+    void acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) { bring(layer, parts, experts, true); }
     void release();
+    // Ahead of any use: all parts of these experts, as if they were used now. Not counted as hits or misses.
+    void warm(int layer, const std::vector<int32_t>& experts);
+    // These experts of the layer, and no others of it, leave after all that are not preferred.
+    void prefer(int layer, const std::vector<int32_t>& experts);
     void count_hits(uint64_t slabs) { hits_ += slabs; }
 
     StoreStats stats() const;
@@ -123,6 +128,7 @@ class ExpertStore {
     void drop(int32_t entry, uint32_t parts);
     void drop_pages(const Tensor& tensor, int expert);
     uint64_t file_offset(const Tensor& tensor, uintptr_t page) const;
+    void bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted);
     void check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
     void check_files(const Layer& layer) const;
     void add(int32_t entry, int part);

@@ -1,8 +1,10 @@
 // edgemoe._native: the Python face of the store, the buffer type and the hook. No logic lives here.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <map>
 #include <memory>
@@ -44,6 +46,15 @@ edgemoe::ggml::Api make_api(const Symbols& symbols) {
         throw std::runtime_error("ggml's data layout differs in: " + wrong);
     }
     return api;
+}
+
+// A [n_rows, n_columns] array that owns the vector's memory.
+template <typename Number>
+nb::ndarray<nb::numpy, Number> as_array(std::vector<Number> numbers, int64_t n_columns) {
+    auto* owned = new std::vector<Number>(std::move(numbers));
+    const nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<Number>*>(p); });
+    const auto columns = static_cast<size_t>(n_columns);
+    return nb::ndarray<nb::numpy, Number>(owned->data(), {columns > 0 ? owned->size() / columns : 0, columns}, owner);
 }
 
 edgemoe::Io parse_io(const std::string& io) {
@@ -124,6 +135,32 @@ NB_MODULE(_native, m) {
         .def("ignore_interrupts", [](Session& s) { s.watch.reset(); })
         .def("interrupted", [](Session& s) { return s.hook->interrupted(); })
         .def("take_failure", [](Session& s) { return s.hook->take_failure(); })
+        .def(
+            "keep", [](Session& s, int layer, const std::vector<int32_t>& experts) { s.hook->keep(layer, experts); },
+            "layer"_a, "experts"_a)
+        .def(
+            "warm", [](Session& s, int layer, const std::vector<int32_t>& experts) { s.store.warm(layer, experts); },
+            "layer"_a, "experts"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "prefer",
+            [](Session& s, int layer, const std::vector<int32_t>& experts) { s.store.prefer(layer, experts); },
+            "layer"_a, "experts"_a)
+        .def(
+            "watch_routers",
+            [](Session& s, const std::vector<int>& layers, bool outputs) { s.hook->watch(layers, outputs); },
+            "layers"_a, "outputs"_a = false)
+        .def(
+            "cut_after", [](Session& s, int layer) { s.hook->cut_after(layer); }, "layer"_a)
+        .def(
+            "take_trace",
+            [](Session& s, int layer) {
+                edgemoe::LayerTrace trace = s.hook->take_trace(layer);
+                return nb::make_tuple(
+                    as_array(std::move(trace.logits), trace.n_expert), as_array(std::move(trace.ids), trace.n_used),
+                    as_array(std::move(trace.weights), trace.n_used), as_array(std::move(trace.norms), trace.n_used),
+                    as_array(std::move(trace.change), 1));
+            },
+            "layer"_a)
         .def("staged_layers", [](Session& s) { return s.hook ? s.hook->staged_layers() : 0; })
         .def("stats", [](Session& s) { return s.store.stats(); });
 

@@ -7,25 +7,11 @@ namespace edgemoe {
 
 namespace {
 
-constexpr char kTopK[] = "ffn_moe_topk-";
-
-// The layer of a node named exactly `ffn_moe_topk-<layer>`, or -1. (A cast of it is named `ffn_moe_topk-3 (copy)`.)
-int top_k_layer(const char* name) {
-    if (std::strncmp(name, kTopK, sizeof(kTopK) - 1) != 0) {
-        return -1;
-    }
-    const char* digits = name + sizeof(kTopK) - 1;
-    int layer = 0;
-    if (*digits == '\0') {
-        return -1;
-    }
-    for (; *digits != '\0'; ++digits) {
-        if (*digits < '0' || *digits > '9' || layer > 100000) {
-            return -1;
-        }
-        layer = layer * 10 + (*digits - '0');
-    }
-    return layer;
+// gpt-oss shows the biased logits as ffn_moe_probs: a sum of the logits, where others take softmax or sigmoid of them.
+bool is_biased_logits(const ggml::Tensor* node, Node is) {
+    return is.kind == NodeKind::biased_logits ||
+           (is.kind == NodeKind::probs && node->src[1] != nullptr && node->src[0] != nullptr &&
+            node_named(node->src[0]->name).kind == NodeKind::logits);
 }
 
 }  // namespace
@@ -60,16 +46,37 @@ bool RouterHook::before_node(ggml::Tensor* node) {
             }
         }
     }
-    const int layer = top_k_layer(node->name);
-    const int n_parts = layer < 0 ? 0 : store_.n_parts(layer);
-    if (n_parts == 0) {
+    const Node is = node_named(node->name);
+    if (is.kind == NodeKind::other || store_.n_parts(is.layer) == 0) {
         return false;
     }
-    if (store_.settled(layer)) {
-        store_.count_hits(static_cast<uint64_t>(node->ne[0] * node->ne[1] * n_parts));
-        return false;
+    return wants(node, is);
+}
+
+bool RouterHook::wants(const ggml::Tensor* node, Node is) const {
+    const bool limited = mask_.limits(is.layer);
+    switch (is.kind) {
+        case NodeKind::residual:
+        case NodeKind::weighted:
+            return trace_.watches_outputs(is.layer);
+        case NodeKind::outputs:
+            return trace_.awaits_outputs(is.layer);
+        case NodeKind::logits:
+            return limited || trace_.watches(is.layer);
+        case NodeKind::biased_logits:
+        case NodeKind::probs:
+            return trace_.watches(is.layer) && is_biased_logits(node, is);
+        case NodeKind::biased_probs:
+            return limited;
+        case NodeKind::top_k:
+            if (!limited && !trace_.watches_outputs(is.layer) && is.layer != cut_layer_ && store_.settled(is.layer)) {
+                store_.count_hits(static_cast<uint64_t>(node->ne[0] * node->ne[1] * store_.n_parts(is.layer)));
+                return false;
+            }
+            return true;
+        default:
+            return false;
     }
-    return true;
 }
 
 // False: give up on the graph.
@@ -77,13 +84,72 @@ bool RouterHook::after_node(ggml::Tensor* node) {
     if (stop_) {
         return false;
     }
-    const int layer = top_k_layer(node->name);
-    const int n_parts = layer < 0 ? 0 : store_.n_parts(layer);
-    if (n_parts == 0) {
+    const Node is = node_named(node->name);
+    if (is.kind == NodeKind::other || store_.n_parts(is.layer) == 0) {
         return true;
     }
-    read_ids(node);
+    const bool limited = mask_.limits(is.layer);
+    switch (is.kind) {
+        case NodeKind::residual:
+            trace_.add_residual(is.layer, node);
+            return true;
+        case NodeKind::logits:
+            asked_layer_ = is.layer;
+            if (trace_.watches(is.layer)) {
+                trace_.add_logits(is.layer, node);
+            }
+            break;
+        case NodeKind::biased_logits:
+        case NodeKind::probs:
+            trace_.add_router_bias(is.layer, node);
+            return true;
+        case NodeKind::weighted:
+            return !trace_.add_weighted(is.layer, node) || is.layer != cut_layer_;
+        case NodeKind::outputs:
+            if (!trace_.awaits_outputs(is.layer)) {
+                return true;  // stopped for its experts only
+            }
+            trace_.add_outputs(is.layer, node);
+            return is.layer != cut_layer_;
+        case NodeKind::top_k:
+            return select(is.layer, node) && serve(is.layer);
+        default:
+            break;
+    }
+    if (limited) {
+        mask_.exclude(is.layer, node);
+    }
+    return true;
+}
+
+// False: what was asked for is known, no expert is needed any more.
+bool RouterHook::select(int layer, ggml::Tensor* top_k) {
+    // A router that is used for a second set of experts (grovemoe) selects twice.
+    const bool asked = std::exchange(asked_layer_, -1) == layer;
+    if (mask_.limits(layer)) {
+        if (!asked) {
+            ExpertMask::refuse(layer);
+        }
+        mask_.select_again(layer, top_k);
+    }
+    read_ids(top_k);
+    if (!trace_.watches_outputs(layer)) {
+        return layer != cut_layer_;
+    }
+    if (asked) {
+        trace_.add_ids(layer, ids_, top_k->ne[0]);
+    }
+    return true;
+}
+
+bool RouterHook::serve(int layer) {
     served_layer_ = layer;
+    staged_ = false;
+    const int n_parts = store_.n_parts(layer);
+    if (store_.settled(layer)) {
+        store_.count_hits(ids_.size() * static_cast<uint64_t>(n_parts));
+        return true;
+    }
     const uint32_t all_parts = (1U << n_parts) - 1;
     staged_ = !store_.fits(layer, all_parts, ids_);
     if (staged_) {
@@ -105,6 +171,13 @@ void RouterHook::read_ids(const ggml::Tensor* ids) {
             ids_.push_back(id);
         }
     }
+}
+
+void RouterHook::watch(const std::vector<int>& layers, bool outputs) {
+    for (const int layer : layers) {
+        static_cast<void>(store_.n_expert(layer));  // throws
+    }
+    trace_.watch(layers, outputs);
 }
 
 void RouterHook::begin() {

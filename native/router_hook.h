@@ -5,6 +5,9 @@
 // acquired at once. When a prompt batch selects more than the arena holds, the hook instead acquires each expert
 // tensor's share right before the MUL_MAT_ID that needs it.
 //
+// On the way it can record what the routers say (`trace`), limit what they may choose (`mask`), and end a graph early:
+// a prompt's first router answers before any expert is read.
+//
 // A failure aborts the graph and is kept for `take_failure`: the caller must ask after each llama_decode.
 #pragma once
 
@@ -14,8 +17,11 @@
 #include <vector>
 
 #include "expert_buffer.h"
+#include "expert_mask.h"
 #include "expert_store.h"
 #include "ggml_abi.h"
+#include "graph_node.h"
+#include "router_trace.h"
 
 namespace edgemoe {
 
@@ -34,15 +40,29 @@ class RouterHook {
     std::string take_failure();
     uint64_t staged_layers() const { return staged_layers_; }  // layers served tensor by tensor so far
 
+    // Between two llama_decodes only. Layers without experts are refused with a SystemError.
+    void keep(int layer, const std::vector<int32_t>& experts) { mask_.keep(layer, store_.n_expert(layer), experts); }
+    void watch(const std::vector<int>& layers, bool outputs);
+    LayerTrace take_trace(int layer) { return trace_.take(layer); }
+    // End each graph once this layer has been watched, before what it does not need is computed; -1: compute it all.
+    void cut_after(int layer) { cut_layer_ = layer; }
+
    private:
     bool before_node(ggml::Tensor* node);
     bool after_node(ggml::Tensor* node);
+    bool wants(const ggml::Tensor* node, Node is) const;
+    bool select(int layer, ggml::Tensor* top_k);
+    bool serve(int layer);
     void read_ids(const ggml::Tensor* ids);
     void fail(const std::string& what);
 
     ExpertStore& store_;
     const ExpertBuffer& buffer_;
     const ggml::Api& api_;
+    ExpertMask mask_;
+    RouterTrace trace_;
+    int cut_layer_ = -1;
+    int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
     std::vector<int32_t> ids_;
     int served_layer_ = -1;  // ids_ and the pinned slabs belong to this layer
     bool staged_ = false;    // the expert tensors of served_layer_ are acquired one by one

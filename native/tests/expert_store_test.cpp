@@ -84,11 +84,18 @@ void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, i
             continue;
         }
         const uint32_t all = model.all_parts(layer);
-        const uint32_t parts = random() % 3 == 0 ? random() % all + 1 : all;
+        const bool ahead = random() % 5 == 0;
+        const uint32_t parts = !ahead && random() % 3 == 0 ? random() % all + 1 : all;
         const Experts experts = random_experts(random, n_expert, 10);
+        if (random() % 4 == 0) {
+            const Experts preferred = random() % 3 == 0 ? Experts{} : random_experts(random, n_expert, n_expert);
+            placed->prefer(layer, preferred);
+            reference.prefer(layer, preferred);
+        }
+        const auto serve = [&] { ahead ? placed->warm(layer, experts) : placed->acquire(layer, parts, experts); };
         const bool fits = placed->fits(layer, parts, experts);
-        if (reference.acquire(layer, parts, experts)) {
-            placed->acquire(layer, parts, experts);
+        if (ahead ? reference.warm(layer, experts) : reference.acquire(layer, parts, experts)) {
+            serve();
             for (size_t part = 0; (parts >> part) != 0; ++part) {
                 for (const int32_t expert : experts) {
                     CHECK((parts >> part & 1) == 0 || placed.holds(layer, part, expert));
@@ -96,7 +103,7 @@ void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, i
             }
         } else {
             CHECK(!fits);
-            CHECK_REFUSED(placed->acquire(layer, parts, experts), "need more than the arena");
+            CHECK_REFUSED(serve(), "need more than the arena");
             ++n_refused;
         }
         const StoreStats stats = placed->stats();
@@ -244,6 +251,49 @@ TEST(older_expert_leaves_first) {
     CHECK_EQUAL(placed->stats().hits, 2U);
     placed->acquire(0, 1, {1});
     CHECK_EQUAL(placed->stats().misses, 4U);
+}
+
+TEST(preferred_expert_leaves_last) {
+    const TinyModel model({{4, {4 * page_size()}}, {2, {4 * page_size()}}}, {}, 1, 16);
+    PlacedStore placed(model, Io::pread, 1, 10 * page_size());  // two slabs, their odd pages included
+    placed->prefer(0, {0});
+    placed->acquire(0, 1, {0});
+    placed->acquire(0, 1, {1});
+    placed->acquire(0, 1, {2});  // 1 leaves, though 0 is older
+    placed->acquire(1, 1, {0});  // 2 leaves
+    CHECK_EQUAL(placed->stats().evictions, 2U);
+    placed->acquire(0, 1, {0});
+    CHECK_EQUAL(placed->stats().hits, 1U);
+    placed->prefer(0, {3});  // no longer 0
+    placed->prefer(1, {0});
+    placed->acquire(0, 1, {3});
+    placed->acquire(1, 1, {0});
+    CHECK_EQUAL(placed->stats().hits, 2U);
+    placed->acquire(1, 1, {1});  // both are preferred: the older one leaves
+    placed->acquire(1, 1, {0});
+    CHECK_EQUAL(placed->stats().hits, 3U);
+}
+
+TEST(warming_counts_neither_hits_nor_misses) {
+    const TinyModel model({{4, {100, 4 * page_size()}}}, {}, 1, 26);
+    PlacedStore placed(model, Io::pread, 1, 12 * page_size());
+    placed->warm(0, {0, 2, 0});
+    StoreStats stats = placed->stats();
+    CHECK_EQUAL(stats.hits + stats.misses, 0U);
+    CHECK_EQUAL(stats.bytes_read, 2 * (100 + 4 * page_size()));
+    CHECK(placed.holds(0, {0, 2}));
+    placed->acquire(0, 3, {0});
+    CHECK_EQUAL(placed->stats().hits, 2U);
+    CHECK_EQUAL(placed->stats().misses, 0U);
+    placed->warm(0, {1});  // for it 2 leaves: a warmed expert is no more than one that was used then
+    CHECK_EQUAL(placed->stats().evictions, 2U);
+    CHECK(placed.holds(0, {0, 1}));
+    CHECK_REFUSED(placed->warm(0, {0, 1, 2, 3}), "need more than the arena");
+    CHECK_REFUSED(placed->warm(0, {4}), "layer 0 asked for expert 4 of 4");
+    CHECK_REFUSED(placed->warm(1, {}), "layer 1 was asked for experts, but the model has none there");
+    CHECK_REFUSED(placed->prefer(0, {-1}), "layer 0 asked for expert -1 of 4");
+    CHECK_REFUSED(placed->prefer(-1, {}), "layer -1 was asked for experts");
+    CHECK_REFUSED(static_cast<void>(placed->n_expert(7)), "layer 7 was asked for experts");
 }
 
 TEST(repeated_experts_count_once) {

@@ -179,6 +179,15 @@ class Graph {
         return true;
     }
 
+    // Adds all nodes but those of that name to another graph, which must not outlive this one.
+    void copy_without(const std::string& name, Graph& other) {
+        for (size_t i = 0; i < nodes_.size(); ++i) {
+            if (nodes_[i].name != name) {
+                other.add(nodes_[i], computes_[i]);
+            }
+        }
+    }
+
     size_t size() const { return nodes_.size(); }
     size_t n_computed = 0;
     size_t n_pieces = 0;

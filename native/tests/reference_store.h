@@ -21,6 +21,41 @@ class ReferenceStore {
 
     // False: the request cannot be met.
     bool acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
+        return bring(layer, parts, experts, true);
+    }
+    bool warm(int layer, const std::vector<int32_t>& experts) {
+        return bring(layer, model_.all_parts(layer), experts, false);
+    }
+    // An expert that changes class becomes the newest of its new one.
+    void prefer(int layer, const std::vector<int32_t>& experts) {
+        for (int32_t expert = 0; expert < model_.layers[static_cast<size_t>(layer)].n_expert; ++expert) {
+            const Expert entry{layer, expert};
+            const bool preferring = std::find(experts.begin(), experts.end(), expert) != experts.end();
+            if (preferring == (preferred_.count(entry) != 0)) {
+                continue;
+            }
+            if (preferring) {
+                preferred_.insert(entry);
+            } else {
+                preferred_.erase(entry);
+            }
+            if (std::find(order_.begin(), order_.end(), entry) != order_.end()) {
+                order_.remove(entry);
+                order_.push_back(entry);
+            }
+        }
+    }
+
+    uint64_t resident_bytes() const { return pages.size() * edgemoe::page_size(); }
+
+    std::set<Slab> resident;
+    std::map<Page, int> pages;  // how many resident slabs need it
+    edgemoe::StoreStats stats;
+
+   private:
+    using Expert = std::pair<int, int32_t>;  // layer, expert
+
+    bool bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted) {
         std::vector<int32_t> distinct;
         for (const int32_t expert : experts) {
             if (std::find(distinct.begin(), distinct.end(), expert) == distinct.end()) {
@@ -43,10 +78,10 @@ class ReferenceStore {
                     continue;
                 }
                 if (resident.count(slab) != 0) {
-                    ++stats.hits;
+                    stats.hits += counted ? 1 : 0;
                     continue;
                 }
-                ++stats.misses;
+                stats.misses += counted ? 1 : 0;
                 while (resident_bytes() + growth(slab) > arena_bytes_) {
                     if (!evict_oldest(pinned)) {
                         for (const Slab& undone : added) {
@@ -65,13 +100,6 @@ class ReferenceStore {
         return true;
     }
 
-    uint64_t resident_bytes() const { return pages.size() * edgemoe::page_size(); }
-
-    std::set<Slab> resident;
-    std::map<Page, int> pages;  // how many resident slabs need it
-    edgemoe::StoreStats stats;
-
-   private:
     std::vector<Page> pages_of(const Slab& slab) const {
         const auto [layer, part, expert] = slab;
         const size_t id = model_.id_of(layer, part);
@@ -104,28 +132,35 @@ class ReferenceStore {
             }
         }
     }
-    // Of the entry that was not asked for longest, everything that this request does not need.
+    // Of the entry that was not asked for longest, everything that this request does not need. Preferred ones last.
     template <typename Pinned>
     bool evict_oldest(const Pinned& pinned) {
-        for (const auto& [layer, expert] : order_) {
-            bool any = false;
-            for (size_t part = 0; part < edgemoe::kMaxParts; ++part) {
-                const Slab slab{layer, part, expert};
-                if (resident.count(slab) != 0 && !pinned(slab)) {
-                    remove(slab);
-                    ++stats.evictions;
-                    any = true;
+        for (const bool preferred : {false, true}) {
+            for (const Expert& entry : order_) {
+                if ((preferred_.count(entry) != 0) == preferred && evict(entry, pinned)) {
+                    return true;
                 }
-            }
-            if (any) {
-                return true;
             }
         }
         return false;
+    }
+    template <typename Pinned>
+    bool evict(const Expert& entry, const Pinned& pinned) {
+        bool any = false;
+        for (size_t part = 0; part < edgemoe::kMaxParts; ++part) {
+            const Slab slab{entry.first, part, entry.second};
+            if (resident.count(slab) != 0 && !pinned(slab)) {
+                remove(slab);
+                ++stats.evictions;
+                any = true;
+            }
+        }
+        return any;
     }
 
     const TinyModel& model_;
     const edgemoe::Io io_;
     const uint64_t arena_bytes_;
-    std::list<std::pair<int, int32_t>> order_;
+    std::list<Expert> order_;
+    std::set<Expert> preferred_;
 };
