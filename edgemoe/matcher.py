@@ -1,0 +1,420 @@
+"""The only file that imports sklearn: which stored task a text is nearest to by its routing, or none of them.
+
+Source: PreMoE v1 (arXiv 2505.17639, TAER), which takes the nearest stored vector of the first MoE layer by squared L2
+and never says no. Shares are compared by their square roots here (Hellinger distance: sampling noise is then about
+the same for every expert), in the metric of linear discriminant analysis; `benchmarks/matcher_accuracy.py` has figures.
+Importing it costs about a second and tens of megabytes, so import it where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.neighbors import NearestNeighbors
+
+from edgemoe.errors import PatternError
+from edgemoe.oddness import Oddness
+from edgemoe.routing_space import TINY, Metric, ledoit_wolf, plane_of_means, span_of, to_points
+
+if TYPE_CHECKING:
+    from edgemoe.pattern import Pattern
+
+__all__ = ["Match", "Metric", "TaskDocuments", "TaskMatcher", "next_task"]
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+_FOLDS = 5
+_LEAST_FREEDOM = 5  # documents beyond one per task, below which the spread within tasks is not estimated
+_WIDE_DIRECTIONS = 32
+_TYPICAL_SHRINKAGE = 0.9  # nearly a plain distance: what is new may lie in any direction
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskDocuments:
+    """Routing of one task's documents.
+
+    Attributes
+    ----------
+    shares : float [P, L, N]
+        Share of each expert in a piece's routing, in every MoE layer: the mean over tokens of the router's weights or
+        of its choices. Any scale will do for the metrics "whitened", "hellinger" and "cosine".
+    tokens : int [P]
+        Tokens of each piece.
+    document : int [P]
+        Which document a piece belongs to: documents and their beginnings (32 tokens, 128, the prompt) may both be
+        given, so that thresholds for short prompts are learned. The longest piece of a document stands for it.
+    """
+
+    shares: npt.NDArray[np.floating]
+    tokens: npt.NDArray[np.integer]
+    document: npt.NDArray[np.integer]
+
+    @classmethod
+    def of(cls, pattern: Pattern) -> TaskDocuments:
+        """Give the documents of a stored pattern."""
+        kept = pattern.documents
+        return cls(kept.shares, kept.tokens, kept.document)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a matcher says about one text.
+
+    Attributes
+    ----------
+    task : str or None
+        The nearest task, or None where the text is unlike all of them (or like none well enough).
+    nearest, runner_up : str
+        The two nearest tasks; `runner_up` is None where only one is stored.
+    distance, runner_up_distance : float
+        Their distances, in the matcher's metric.
+    oddness : float
+        How far the text is from its nearest task, in standard deviations of what documents of stored tasks of that
+        length have from theirs.
+    threshold : float
+        Oddness above which it is rejected; infinite where too few documents are stored to learn one.
+    n_tokens : int
+        Tokens of the text.
+    short : bool
+        Whether it is shorter than all that the thresholds were learned from.
+    distances : Mapping of str to float
+        Distances of all tasks.
+    """
+
+    task: str | None
+    nearest: str
+    distance: float
+    runner_up: str | None
+    runner_up_distance: float | None
+    oddness: float
+    threshold: float
+    n_tokens: int
+    short: bool
+    distances: Mapping[str, float]
+
+    @property
+    def reason(self) -> str:
+        """The match in one line."""
+        distance = f"distance {self.distance:.4g}"
+        if self.runner_up is not None:
+            distance += f", then {self.runner_up} {self.runner_up_distance:.4g}"
+        if self.threshold == np.inf:
+            return f"{self.nearest}: {distance}; never rejected, because too few documents are stored"
+        oddness = f"oddness {self.oddness:.1f}, limit {self.threshold:.1f}"
+        if self.task is None:
+            return f"no task: nearest is {self.nearest}, {distance}; rejected ({oddness})"
+        return f"{self.task}: {distance} ({oddness})"
+
+
+def next_task(active: str | None, match: Match, margin: float = 0.2) -> str | None:
+    """Choose the task after a turn of a conversation, with hysteresis (TAER-6).
+
+    The active task stays while it is the nearest, while the nearest is not nearer than it by `margin`, and while the
+    turn is too short to be rejected with reason. Otherwise the match decides; None means no task.
+
+    Parameters
+    ----------
+    active : str or None
+        Task of the turns before, None before the first or after a rejection.
+    match : Match
+        Match of the new turn.
+    margin : float
+        Share by which the new task's distance must be smaller than the active one's.
+    """
+    if active is None or active not in match.distances:
+        return match.task
+    if match.task is None:
+        return active if match.short else None
+    return match.task if match.distance < (1 - margin) * match.distances[active] else active
+
+
+class TaskMatcher:
+    """Nearest stored task, with rejection.
+
+    Distances are to each task's mean. In the default metric, "whitened", square roots of shares are divided by their
+    spread within tasks (shrunk after Ledoit and Wolf, 2004) and projected on the plane of the tasks' means.
+    Oddness is how far a text is from its task in that plane, and how far from it in all directions: text between two
+    tasks is odd in the first, text of an unknown kind often in the second. What is usual for a length is
+    learned from the stored documents alone: each is measured by a matcher that was fitted without it (in fifths).
+
+    Parameters
+    ----------
+    tasks : Mapping of str to TaskDocuments
+        At least one task with at least one document. Their order does not matter.
+    layers : sequence of int or None
+        MoE layers to compare, as places among the L stored ones: (0,) is the paper's choice, None takes all.
+        llama.cpp computes the last layer's router for the last token of a prompt alone, so a running chat leaves that
+        one out.
+    metric : Metric
+        "whitened"; or the distance of means alone: "l2" (squared; the paper's code), "cosine" (1 - cosine),
+        "l2-normalised" (squared, every layer scaled to length 1), "hellinger" (squared, of square roots of shares).
+
+    Raises
+    ------
+    PatternError
+        If there is no task, one has no documents, arrays are of different shapes or hold what is no share, or
+        `layers` or `metric` is none of those.
+    """
+
+    def __init__(
+        self, tasks: Mapping[str, TaskDocuments], layers: Sequence[int] | None = None, metric: Metric = "whitened"
+    ) -> None:
+        if not tasks:
+            raise PatternError("there is no stored task to match with; profile one first")
+        if metric not in get_args(Metric):
+            raise PatternError(f"there is no metric {metric!r}; take one of: {', '.join(get_args(Metric))}")
+        self.tasks: tuple[str, ...] = tuple(sorted(tasks))
+        self.metric: Metric = metric
+        stored = [tasks[name] for name in self.tasks]
+        shape = np.shape(stored[0].shares)[1:]
+        for name, documents in zip(self.tasks, stored, strict=True):
+            _check(name, documents, shape)
+        self.layers: tuple[int, ...] = tuple(range(shape[0]) if layers is None else layers)
+        if not self.layers or not set(self.layers) <= set(range(shape[0])):
+            raise PatternError(f"layers {self.layers} cannot be compared; take some of 0 to {shape[0] - 1}")
+        self._n_expert = shape[1]
+        self._fit(stored)
+
+    def match(self, vector: npt.NDArray[np.floating], n_tokens: int) -> Match:
+        """Match a text by its routing.
+
+        Parameters
+        ----------
+        vector : float [len(layers), N]
+            Shares of the text in the layers compared, made as the stored ones were.
+        n_tokens : int
+            Its tokens.
+
+        Raises
+        ------
+        PatternError
+            If the vector is of another shape or holds what is no share, or there are no tokens.
+        """
+        vector = np.asarray(vector)
+        expected = (len(self.layers), self._n_expert)
+        if vector.shape != expected:
+            raise PatternError(f"a router vector of shape {vector.shape} does not fit the stored ones; give {expected}")
+        if n_tokens < 1:
+            raise PatternError(f"a text of {n_tokens} tokens has no routing to match; give it at least one")
+        _check_shares(vector, "a router vector")
+        point = to_points(vector[None], self.metric)
+        distances, features = self._geometry.measure(point, np.zeros(1))
+        order = np.argsort(distances[0], kind="stable")
+        oddness, threshold = self._usual.judge(features[0], n_tokens)
+        names = [self.tasks[place] for place in order]
+        values = distances[0, order].tolist()
+        return Match(
+            task=None if oddness > threshold else names[0],
+            nearest=names[0],
+            distance=values[0],
+            runner_up=names[1] if len(names) > 1 else None,
+            runner_up_distance=values[1] if len(names) > 1 else None,
+            oddness=oddness,
+            threshold=threshold,
+            n_tokens=n_tokens,
+            short=n_tokens < self._usual.shortest,
+            distances=dict(zip(names, values, strict=True)),
+        )
+
+    def _fit(self, stored: list[TaskDocuments]) -> None:
+        tokens = np.concatenate([documents.tokens for documents in stored])
+        task = np.repeat(np.arange(len(stored)), [len(documents.tokens) for documents in stored])
+        wholes = [_longest(documents) for documents in stored]
+        whole = np.concatenate(wholes)
+        fold = np.concatenate([_fold(documents.document, place) for place, documents in enumerate(stored)])
+        parts = [whole & (fold != left_out) for left_out in range(_FOLDS)]
+        freedom = min(int(part.sum()) - len(np.unique(task[part])) for part in parts)
+
+        space = _Space(self.metric, self.metric == "whitened" and freedom >= _LEAST_FREEDOM)
+        cut = [documents.shares[:, list(self.layers)] for documents in stored]
+        if space.whiten:
+            space.span(np.concatenate([shares[chosen] for shares, chosen in zip(cut, wholes, strict=True)]))
+        inside, outside = zip(*(space.place(shares) for shares in cut), strict=True)
+        points, rest = np.concatenate(inside), np.concatenate(outside)
+
+        lengths, features = [], []
+        for left_out, part in enumerate(parts):
+            known = np.unique(task[part])
+            asked = (fold == left_out) & np.isin(task, known)
+            if asked.any():
+                geometry = space.fit(points[part], np.searchsorted(known, task[part]))
+                features.append(geometry.measure(points[asked], rest[asked])[1])
+                lengths.append(tokens[asked])
+        # A fold may know one task only, which makes no plane to be odd in; the last feature is there always.
+        width = min((measured.shape[1] for measured in features), default=1)
+        self._usual = Oddness.of(
+            np.concatenate([np.empty(0), *lengths]),
+            np.concatenate([np.empty((0, width)), *(measured[:, -width:] for measured in features)]),
+        )
+        self._geometry = space.lifted(space.fit(points[whole], task[whole]))
+
+
+@dataclass(slots=True, eq=False)
+class _Space:
+    """Where points are while a matcher is fitted.
+
+    Documents span few of the L * N directions, and whatever is fitted lies within those, so it is fitted there. That
+    is exact; with 480 documents of 6144 numbers it takes about a second instead of minutes.
+
+    Attributes
+    ----------
+    metric : Metric
+    whiten : bool
+        Whether documents suffice to estimate the spread within tasks.
+    n_dims : int
+        L * N.
+    basis : float [R, D] or None
+        Orthonormal directions in use; None for all.
+    origin : float [D]
+    """
+
+    metric: Metric
+    whiten: bool
+    n_dims: int = 0
+    basis: Floats | None = None
+    origin: Floats = field(default_factory=lambda: np.zeros(0))
+
+    def span(self, shares: npt.NDArray[np.floating]) -> None:
+        """Use the directions that these documents span."""
+        points = to_points(shares, self.metric)
+        self.origin = points.mean(0)
+        points -= self.origin
+        self.basis = span_of(points)
+
+    def place(self, shares: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
+        """Points [P, R] of shares [P, L, N], and the squared length of what is outside of the space [P]."""
+        points = to_points(shares, self.metric)
+        self.n_dims = points.shape[1]
+        if self.basis is None:
+            return points, np.zeros(len(points))
+        points -= self.origin
+        inside = points @ self.basis.T
+        return inside, np.maximum((points**2).sum(1) - (inside**2).sum(1), 0.0)
+
+    def fit(self, points: Floats, task: Indices) -> _Geometry:
+        """Means of tasks 0, 1, ... and, to whiten, the spread around them."""
+        n_tasks = int(task.max()) + 1
+        means = np.stack([points[task == place].mean(0) for place in range(n_tasks)])
+        plain = _Geometry(self.metric, means, None, np.empty((0, points.shape[1])), np.empty(0), 1.0)
+        if not self.whiten:
+            return plain
+        away = points - means[task]
+        spread = away.T @ away / (len(points) - n_tasks)
+        level = np.trace(spread) / self.n_dims
+        if level <= TINY:
+            return plain
+        shrinkage = ledoit_wolf(away, self.n_dims)
+        variances, directions = np.linalg.eigh(spread)
+        variances = np.maximum(variances, 0.0)
+        noise = _TYPICAL_SHRINKAGE * level
+        wide = slice(-1, -1 - _WIDE_DIRECTIONS, -1)
+        return replace(
+            plain,
+            axes=plane_of_means(means, directions, (1 - shrinkage) * variances + shrinkage * level),
+            wide=directions[:, wide].T,
+            factors=noise / ((1 - _TYPICAL_SHRINKAGE) * variances[wide] + noise),
+            noise=noise,
+        )
+
+    def lifted(self, geometry: _Geometry) -> _Geometry:
+        """Give the same among all L * N directions."""
+        if self.basis is None:
+            return geometry
+        return replace(
+            geometry,
+            means=self.origin + geometry.means @ self.basis,
+            axes=None if geometry.axes is None else geometry.axes @ self.basis,
+            wide=geometry.wide @ self.basis,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Geometry:
+    """Where the tasks' means are, and what distance means.
+
+    Attributes
+    ----------
+    metric : Metric
+    means : float [T, D]
+    axes : float [A, D] or None
+        Directions whose coordinates are compared, None for all.
+    wide, factors : float [W, D], [W]
+        Directions in which documents of a task differ most, and the factor on squared distances along them.
+    noise : float
+        Variance that divides squared distances in all other directions.
+    """
+
+    metric: Metric
+    means: Floats
+    axes: Floats | None
+    wide: Floats
+    factors: Floats
+    noise: float
+    _neighbours: NearestNeighbors = field(init=False)
+
+    def __post_init__(self) -> None:
+        metric = "cosine" if self.metric == "cosine" else "sqeuclidean"
+        nearest = NearestNeighbors(n_neighbors=len(self.means), algorithm="brute", metric=metric)
+        self._neighbours = nearest.fit(self._compared(self.means))
+
+    def _compared(self, points: Floats) -> Floats:
+        return points if self.axes is None else points @ self.axes.T
+
+    def measure(self, points: Floats, rest: Floats) -> tuple[Floats, Floats]:
+        """Distances to the tasks [P, T], and logarithms of what makes a point odd [P, 1 or 2].
+
+        `rest` [P] is the squared length of each point's part outside of the space.
+        """
+        found, order = self._neighbours.kneighbors(self._compared(points))
+        distances = np.empty_like(found)
+        np.put_along_axis(distances, order, found, axis=1)
+        if self.axes is None:
+            distances = distances + rest[:, None]
+        nearest = distances.min(1)
+        if self.metric != "whitened":
+            return distances, np.log(np.maximum(nearest, TINY))[:, None]
+        away = points - self.means[distances.argmin(1)]
+        along = (away @ self.wide.T) ** 2
+        typical = ((away**2).sum(1) + rest - along @ (1 - self.factors)) / self.noise
+        odd = typical[:, None] if self.axes is None else np.stack([nearest, typical], 1)
+        return distances, np.log(np.maximum(odd, TINY))
+
+
+def _longest(documents: TaskDocuments) -> npt.NDArray[np.bool_]:
+    """Which pieces stand for their documents: the longest, the first of equals."""
+    chosen = np.zeros(len(documents.tokens), dtype=np.bool_)
+    for document in np.unique(documents.document):
+        pieces = np.flatnonzero(documents.document == document)
+        chosen[pieces[documents.tokens[pieces].argmax()]] = True
+    return chosen
+
+
+def _fold(document: npt.NDArray[np.integer], place: int) -> Indices:
+    """Part in which a document is left out: neighbours together, for they often come from one source."""
+    ids, number = np.unique(document, return_inverse=True)
+    folds: Indices = (number * _FOLDS // len(ids) + place) % _FOLDS
+    return folds
+
+
+def _check(name: str, documents: TaskDocuments, shape: tuple[int, ...]) -> None:
+    n_pieces = len(documents.tokens)
+    if len(shape) != 2 or 0 in shape or documents.shares.shape != (n_pieces, *shape):
+        raise PatternError(
+            f"task {name} has document shares of shape {documents.shares.shape};"
+            f" expected [{n_pieces}, layers, experts], the same for all tasks"
+        )
+    if not n_pieces:
+        raise PatternError(f"task {name} has no documents to match with; profile it again")
+    if documents.document.shape != documents.tokens.shape or documents.tokens.ndim != 1 or documents.tokens.min() < 1:
+        raise PatternError(f"task {name} has documents without a token count; profile it again")
+    _check_shares(documents.shares, f"task {name}")
+
+
+def _check_shares(shares: npt.NDArray[np.floating], what: str) -> None:
+    if not bool((np.isfinite(shares) & (shares >= 0)).all()):
+        raise PatternError(f"{what} has shares that are negative or no numbers; trace its text again")
