@@ -7,33 +7,31 @@ the native hook (`cb_eval`), and its own dry run (`no_alloc`) tells the plan wha
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import threading
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from edgemoe.dry_run import n_outputs_max, plan_for, plan_model, refused
 from edgemoe.errors import BackendError
-from edgemoe.index import ExpertIndex, read_index
-from edgemoe.llama_library import C, PlainLlama, in_llama_cpp, internals, symbols
+from edgemoe.index import read_index
+from edgemoe.llama_library import PlainLlama, in_llama_cpp
 from edgemoe.memory import machine
-from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan
+from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, PlanLine
+from edgemoe.residency import Residency
+from edgemoe.routed_shares import RoutedShares
+from edgemoe.router_tap import RouterTap, trace_memory
+from edgemoe.served_model import built_around, reporting
 from edgemoe.store import ExpertStore, forget_libraries, return_freed_memory
 
+if TYPE_CHECKING:
+    from edgemoe.matcher import Match
+    from edgemoe.task_mode import TaskMode
+
 __all__ = ["Llama", "plan_model"]
-
-_EVERY_TENSOR = b"."
-_BUILDING = threading.Lock()
-
-
-class _BufferTypeOverride(ctypes.Structure):
-    """llama.h: struct llama_model_tensor_buft_override."""
-
-    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
 class Llama(PlainLlama):
@@ -47,10 +45,22 @@ class Llama(PlainLlama):
         Budget for the whole process: bytes, ``"6GiB"``, ``"50%"`` or ``"auto"``.
     io : str
         ``auto``, ``direct``, ``mmap`` or ``pread``.
+    experts : str
+        ``all``; ``task``: route within the set of the task that a prompt is matched to; ``auto``: every expert, with
+        the task's in memory first. See `edgemoe.task_mode`.
+    keep : str, optional
+        With ``task``, ``k/M`` or ``M``: experts active per token, of M kept per layer on average. By default what the
+        budget holds.
+    task : str, optional
+        The task to use, whatever the prompts are about.
+    tasks : path-like, optional
+        Folder of the model's patterns, instead of the user's own.
     n_ctx : int, optional
         Context in tokens. None takes what fits the budget, 0 the model's own.
     n_batch, n_ubatch : int, optional
         Logical and physical batch, 512 unless the experts of such a batch do not fit.
+    reserved : sequence of PlanLine
+        Memory that the caller itself will hold: the plan leaves it free.
     on_plan : callable, optional
         ``on_plan(plan)`` before anything is loaded.
     on_progress : callable, optional
@@ -63,6 +73,12 @@ class Llama(PlainLlama):
     index : ExpertIndex
     plan : ExpertPlan
     store : ExpertStore
+    tap : RouterTap
+        Watches what the routers say.
+    residency : Residency
+        Limits or prefers experts.
+    task_mode : TaskMode or None
+        Tasks, unless ``experts`` is ``all``.
 
     Raises
     ------
@@ -76,14 +92,20 @@ class Llama(PlainLlama):
         *,
         ram: str | int = "auto",
         io: str = "auto",
+        experts: str = "all",
+        keep: str | None = None,
+        task: str | None = None,
+        tasks: str | os.PathLike[str] | None = None,
         n_ctx: int | None = None,
         n_batch: int = 512,
         n_ubatch: int | None = None,
+        reserved: Sequence[PlanLine] = (),
         on_plan: Callable[[ExpertPlan], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()
+        self._said = ""
         for name in ("n_gpu_layers", "use_mlock", "vocab_only"):
             if kwargs.get(name):
                 raise BackendError(
@@ -91,6 +113,17 @@ class Llama(PlainLlama):
                 )
         self.ram = ram
         self.index = read_index(Path(model_path))
+        self.task_mode: TaskMode | None = None
+        if (experts, keep, task) != ("all", None, None):
+            # Before the plan, which counts what this process holds: matching takes scikit-learn.
+            from edgemoe.task_mode import open_tasks
+
+            self.task_mode = open_tasks(self.index, experts, keep, task, tasks)
+            assert self.task_mode is not None
+            reserved = (*reserved, trace_memory(self.index, n_batch))
+            if self.task_mode.k is not None:
+                override = {f"{self.index.architecture}.expert_used_count": self.task_mode.k}
+                kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), **override}
         # A common override: more or fewer experts for each token than the file says.
         top_k = (kwargs.get("kv_overrides") or {}).get(f"{self.index.architecture}.expert_used_count")
         if top_k is not None:
@@ -100,7 +133,7 @@ class Llama(PlainLlama):
         # An n_ubatch that nobody asked for is the plan's to choose, within n_batch.
         if n_ubatch is not None or n_batch < DEFAULT_UBATCH:
             n_ubatch = min(n_ubatch or n_batch, n_batch)
-        self.plan = plan_for(self.index, ram, n_ctx, n_ubatch, kwargs)
+        self.plan = plan_for(self.index, ram, n_ctx, n_ubatch, kwargs, reserved)
         if on_plan is not None:
             on_plan(self.plan)
         # The dry run is freed by now; the load needs the same memory again.
@@ -108,14 +141,16 @@ class Llama(PlainLlama):
         if machine().cgroup_limit is not None:
             forget_libraries()
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io)
+        self.tap = RouterTap(self.store, self.index)
+        self.residency = Residency(self.store, self.index.moe_layers)
         kwargs.setdefault("verbose", False)
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.
         kwargs.pop("use_mmap", None)
         try:
             interrupt = self.store.session.interrupt
-            with in_llama_cpp(kwargs["verbose"], interrupt) as errors, _reporting(self.store, self.index, on_progress):
+            with in_llama_cpp(kwargs["verbose"], interrupt) as errors, reporting(self.store, self.index, on_progress):
                 try:
-                    with _built_around(self.store, n_outputs_max(kwargs)):
+                    with built_around(self.store, self.tap, n_outputs_max(kwargs)):
                         super().__init__(
                             str(model_path),
                             use_mmap=False,
@@ -133,9 +168,92 @@ class Llama(PlainLlama):
                         " use another GGUF of this model"
                     ) from error
             self.store.forget_page_cache()
+            if self.task_mode is not None:
+                self.task_mode.attach(self.residency, self.plan)
+                if task is not None:
+                    self.task_mode.pin(task)
         except BaseException:
             self.close()
             raise
+
+    def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Answer a conversation, as `llama_cpp.Llama.create_chat_completion`."""
+        # The template's own words are the same whatever the topic: the task is told by what was said.
+        said = messages[-1].get("content") if messages else None
+        self._said = said if isinstance(said, str) else ""
+        return PlainLlama.create_chat_completion(self, messages, *args, **kwargs)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        """Generate tokens, as `llama_cpp.Llama.generate`, after the prompt has been matched to a task."""
+        if self.task_mode is not None and not self.task_mode.pinned and kwargs.get("reset", True):
+            self._match(self.task_mode, list(tokens), self._said)
+        self._said = ""
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def match(self, tokens: Sequence[int], *, first: bool = False) -> Match:
+        """Say which task a text belongs to; the context is empty afterwards.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The text; what the context cannot hold is left out.
+        first : bool
+            Hear the first router alone, which needs no expert.
+
+        Raises
+        ------
+        BackendError
+            When the model was opened with ``experts="all"``.
+        """
+        if self.task_mode is None:
+            raise BackendError('the model knows no tasks; open it with experts="auto" or "task"')
+        layers = () if first else self.tap.running_layers
+        heard = self._hear(tokens[: self._n_ctx], 0, layers or self.index.moe_layers[:1], cut=True)
+        self._rewind(0)
+        return self.task_mode.match_of(heard)
+
+    def _match(self, mode: TaskMode, tokens: list[int], said: str) -> None:
+        """Match a prompt's new tokens; another task than before comes into force before the answer begins.
+
+        The first router alone is asked, before any expert is read: it goes by words, whatever was spoken of before. A
+        conversation's first prompt is then evaluated, and all routers, which are surer where there is no before, may
+        correct the choice.
+        """
+        start = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), tokens)
+        if start == len(tokens) == self.n_tokens or len(tokens) > self._n_ctx:
+            return
+        # The last token is evaluated again where all of them are there already. A recurrent state cannot be cut.
+        start = min(start, len(tokens) - 1)
+        cuttable = not (self._is_recurrent or self._is_hybrid)
+        if start < self.n_tokens and not cuttable:
+            start = 0
+        if cuttable or start == 0:
+            mode.consider(self._hear(tokens, start, self.index.moe_layers[:1], said, cut=True))
+            self._rewind(start)
+        if start > 0 or not self.tap.running_layers:
+            return
+        heard = self._hear(tokens, start, self.tap.running_layers, said)
+        if mode.consider(heard) and mode.mode == "task":
+            # What was computed belongs to other experts.
+            self._rewind(start)
+
+    def _hear(
+        self, tokens: Sequence[int], start: int, layers: Sequence[int], said: str = "", *, cut: bool = False
+    ) -> RoutedShares:
+        """Evaluate the tokens from `start` on, counting where these layers route those of what was said, or all."""
+        asked = self.tokenize(said.encode("utf-8"), add_bos=False, special=True) if said else []
+        heard = RoutedShares(layers, self.index, _place_of(asked, tokens[start:]))
+        self._rewind(start)
+        with self.tap.watch(heard.add, layers, cut=cut):
+            self.eval(tokens[start:])
+        return heard
+
+    def _rewind(self, n_tokens: int) -> None:
+        """Forget the tokens from there on; `eval` cuts the KV cache, `reset` a recurrent state."""
+        if n_tokens == 0:
+            self.reset()
+        self.n_tokens = n_tokens
+        self._requires_eval = True
 
     def eval(self, tokens: Any) -> None:
         """Evaluate tokens, as `llama_cpp.Llama.eval`; after a failure the context is as before the failing batch."""
@@ -146,6 +264,10 @@ class Llama(PlainLlama):
             if self._is_recurrent or self._is_hybrid:
                 self.reset()
             raise
+
+    def n_ctx(self) -> int:
+        """Context in tokens, as planned; llama.cpp itself rounds it up."""
+        return self.plan.n_ctx
 
     def interrupt(self) -> None:
         """Stop the running evaluation from another thread; it raises KeyboardInterrupt there."""
@@ -172,125 +294,10 @@ class Llama(PlainLlama):
         return state | {"ram": self.ram, "io": self.store.io}
 
 
-@contextlib.contextmanager
-def _built_around(store: ExpertStore, n_outputs_max: int) -> Iterator[None]:
-    """Let `llama_cpp.Llama.__init__`, which builds model and context in one go, build ours.
-
-    Only in this thread: a plain Llama that another thread builds meanwhile gets the plain classes.
-    """
-    owner = threading.get_ident()
-    plain_model, plain_context = internals.LlamaModel, internals.LlamaContext
-
-    def model(**kwargs: Any) -> Any:
-        return _Model(store=store, **kwargs) if threading.get_ident() == owner else plain_model(**kwargs)
-
-    def context(**kwargs: Any) -> Any:
-        if threading.get_ident() != owner:
-            return plain_context(**kwargs)
-        kwargs["params"].n_outputs_max = n_outputs_max
-        return _Context(store=store, **kwargs)
-
-    with _BUILDING:
-        internals.LlamaModel, internals.LlamaContext = model, context
-        try:
-            yield
-        finally:
-            internals.LlamaModel, internals.LlamaContext = plain_model, plain_context
-
-
-class _Model(internals.LlamaModel):
-    """A model whose every tensor is allocated by the native buffer type."""
-
-    def __init__(self, *, store: ExpertStore, path_model: str, params: Any, verbose: bool) -> None:
-        store.attach(symbols())
-        self._overrides = (_BufferTypeOverride * 2)(
-            _BufferTypeOverride(_EVERY_TENSOR, store.session.buffer_type()), _BufferTypeOverride(None, None)
-        )
-        params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
-        params.load_mode = C.LLAMA_LOAD_MODE_NONE
-        # Repacked weights are a second copy in another layout.
-        params.use_extra_bufts = False
-        # verbose=True only keeps llama_cpp from closing stderr, where the progress bar is; the log is already caught.
-        with _interruptible(store):
-            super().__init__(path_model=path_model, params=params, verbose=True)
-        self.verbose = verbose
-        store.session.restore_names()
-
-
-class _Context(internals.LlamaContext):
-    """A context whose graph calls the native hook, and whose prompt batches can be interrupted."""
-
-    def __init__(self, *, store: ExpertStore, model: Any, params: Any, verbose: bool) -> None:
-        session = store.session
-        params.cb_eval = C.ggml_backend_sched_eval_callback(session.eval_callback())
-        params.cb_eval_user_data = session.callback_data()
-        params.abort_callback = C.ggml_abort_callback(session.abort_callback())
-        params.abort_callback_data = session.callback_data()
-        self._store = store
-        super().__init__(model=model, params=params, verbose=verbose)
-
-    def decode(self, batch: Any) -> None:
-        self._run(super().decode, batch)
-
-    def encode(self, batch: Any) -> None:
-        self._run(super().encode, batch)
-
-    def _run(self, compute: Callable[[Any], None], batch: Any) -> None:
-        session = self._store.session
-        n_tokens = batch.n_tokens()
-        if self.params.n_outputs_max == 1 and sum(batch.batch.logits[i] for i in range(n_tokens)) > 1:
-            raise BackendError("logits of more than one token were asked for; open the model with logits_all=True")
-        session.begin()
-        with in_llama_cpp(self.verbose, session.interrupt) as errors:
-            try:
-                with _interruptible(self._store):
-                    compute(batch)
-            except RuntimeError as error:
-                self._store.raise_failure()
-                if session.interrupted():
-                    raise KeyboardInterrupt from None
-                reason = "; ".join([str(error), *errors])
-                raise BackendError(
-                    f"llama.cpp could not evaluate the batch: {reason}; is it longer than the context?"
-                ) from error
-        self._store.raise_failure()
-        # Stopped after llama.cpp's last look at the flag: it reports success for a graph that was cut short.
-        if session.interrupted():
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _interruptible(store: ExpertStore) -> Iterator[None]:
-    """Have SIGINT stop the C code at once; Python, which gets to know of it only afterwards, then raises as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    store.session.watch_interrupts()
-    try:
-        yield
-    finally:
-        store.session.ignore_interrupts()
-
-
-@contextlib.contextmanager
-def _reporting(
-    store: ExpertStore, index: ExpertIndex, on_progress: Callable[[int, int], None] | None
-) -> Iterator[None]:
-    """Report the dense bytes read while llama.cpp loads; its own callback only sees tensors that it reads itself."""
-    if on_progress is None:
-        yield
-        return
-    loaded = threading.Event()
-
-    def report() -> None:
-        while not loaded.wait(0.05):
-            on_progress(store.stats().dense_bytes, index.dense_bytes)
-
-    thread = threading.Thread(target=report, name="edgemoe-progress")
-    thread.start()
-    try:
-        yield
-    finally:
-        loaded.set()
-        thread.join()
-        on_progress(store.stats().dense_bytes, index.dense_bytes)
+def _place_of(part: Sequence[int], whole: Sequence[int]) -> slice:
+    """Where the part last occurs in the whole, without its ends, which may have grown together; else everywhere."""
+    inner = part[1:-1]
+    for at in range(len(whole) - len(inner), -1, -1) if inner else ():
+        if whole[at : at + len(inner)] == inner:
+            return slice(at, at + len(inner))
+    return slice(0, len(whole))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgemoe.backend import Llama
     from edgemoe.store import StoreStats
 
-__all__ = ["Answer", "ChatSession", "Message", "Sampling", "complete"]
+__all__ = ["Answer", "ChatSession", "Message", "Sampling", "chat_prompt", "complete"]
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -270,7 +270,7 @@ class ChatSession:
         n_ctx = self._llama.n_ctx()
         room = min(self._sampling.max_tokens or n_ctx, n_ctx // ANSWER_SHARE)
         while True:
-            prompt = _chat_prompt(self._llama, self._messages(turns))
+            prompt = chat_prompt(self._llama, self._messages(turns))
             if len(prompt) + room <= n_ctx:
                 return turns, prompt
             if len(turns) == 1:
@@ -295,9 +295,15 @@ class _TemplateOnly:
         return iter(())
 
 
-def _chat_prompt(llama: Llama, messages: list[Message]) -> list[int]:
-    """Tokens that `create_chat_completion` would evaluate for these messages."""
-    stand_in = _TemplateOnly(llama)
+def chat_prompt(llama: Llama, messages: list[Message]) -> list[int]:
+    """Tokens that `create_chat_completion` would evaluate for these messages.
+
+    Raises
+    ------
+    PromptError
+        When the chat template refuses them.
+    """
+    stand_in: Any = _TemplateOnly(llama)
     try:
         type(llama).create_chat_completion(stand_in, messages, stream=True)
     except Exception as error:  # a template is a program from the file: it may raise anything
@@ -305,7 +311,8 @@ def _chat_prompt(llama: Llama, messages: list[Message]) -> list[int]:
             f"the chat template of {llama.index.path} refuses this conversation ({error}); say it in another way,"
             " or without a system message"
         ) from error
-    return stand_in.prompt
+    prompt: list[int] = stand_in.prompt
+    return prompt
 
 
 def _too_long(llama: Llama, n_tokens: int) -> PromptError:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from edgemoe.errors import BackendError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.llama_library import LLAMA_CPP_PYTHON, C, in_llama_cpp, symbols
 from edgemoe.memory import current_rss, parse_budget
-from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, kernel_scratch, make_plan
+from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, PlanLine, kernel_scratch, make_plan
 from edgemoe.store import memory_use, return_freed_memory
 
 __all__ = ["DryRun", "n_outputs_max", "plan_for", "plan_model", "refused"]
@@ -131,7 +132,12 @@ def plan_model(
 
 
 def plan_for(
-    index: ExpertIndex, ram: str | int, n_ctx: int | None, n_ubatch: int | None, options: dict[str, Any]
+    index: ExpertIndex,
+    ram: str | int,
+    n_ctx: int | None,
+    n_ubatch: int | None,
+    options: dict[str, Any],
+    reserved: Sequence[PlanLine] = (),
 ) -> ExpertPlan:
     """As `plan_model`, for a header that has been read; `options` are those of `llama_cpp.Llama`."""
     # What llama_cpp.Llama makes of these options.
@@ -145,7 +151,7 @@ def plan_for(
         budget = parse_budget(ram)
         return_freed_memory()
         process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab
-        return make_plan(index, budget, dry_run.footprint, process, n_ctx, n_ubatch)
+        return make_plan(index, budget, dry_run.footprint, process, n_ctx, n_ubatch, reserved)
 
 
 def n_outputs_max(options: dict[str, Any]) -> int:

@@ -8,6 +8,11 @@
      |   |- UnknownArchitectureError  an architecture the pinned llama.cpp does not load
      |- BudgetError                 --ram cannot be read, is absurd, or is too small (``needed`` would do)
      |- PromptError                 the prompt is longer than the context, or the chat template refuses it
+     |- PatternError                a task's pattern cannot be read, written or used, or its name is no task name
+     |   |- PatternMismatchError    the pattern was made for another model
+     |- TraceError                  router traces are damaged, empty, or do not fit together or the criterion
+     |- DocumentError               calibration text cannot be read: no UTF-8, damaged JSON lines, nothing in it
+     |- AllocationError             scores, loss curves or sets of experts that do not fit the model
      |- StoreError                  the disk failed, or the file changed, while experts were being read
      |- BackendError                llama-cpp-python is missing, of another version, or refused the model
      |- UnsupportedPlatformError    this operating system or machine is not supported
@@ -16,13 +21,18 @@
 from __future__ import annotations
 
 __all__ = [
+    "AllocationError",
     "BackendError",
     "BudgetError",
+    "DocumentError",
     "EdgemoeError",
     "ModelFileError",
     "NotMoEError",
+    "PatternError",
+    "PatternMismatchError",
     "PromptError",
     "StoreError",
+    "TraceError",
     "UnknownArchitectureError",
     "UnsupportedPlatformError",
 ]
@@ -62,6 +72,26 @@ class BudgetError(EdgemoeError):
 
 class PromptError(EdgemoeError):
     """The prompt or conversation cannot be evaluated: longer than the context, or refused by the chat template."""
+
+
+class PatternError(EdgemoeError):
+    """A task's pattern cannot be read, written, merged or found, or a name cannot be a task's."""
+
+
+class PatternMismatchError(PatternError):
+    """The pattern was made for another model: its expert numbers mean nothing here."""
+
+
+class TraceError(EdgemoeError):
+    """Router traces or scores are damaged, empty, or do not fit together or what is asked of them."""
+
+
+class DocumentError(EdgemoeError):
+    """Calibration text cannot be read: not UTF-8, damaged JSON lines, or nothing in it."""
+
+
+class AllocationError(EdgemoeError):
+    """Experts cannot be chosen: scores, loss curves or sets that contradict themselves or the model."""
 
 
 class StoreError(EdgemoeError):

@@ -7,7 +7,7 @@ differs between more than a hundred architectures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edgemoe.errors import BudgetError
@@ -110,6 +110,7 @@ def make_plan(
     process_bytes: int,
     n_ctx: int | None = None,
     n_ubatch: int | None = None,
+    reserved: Sequence[PlanLine] = (),
 ) -> ExpertPlan:
     """Divide a RAM budget.
 
@@ -127,6 +128,8 @@ def make_plan(
         Context in tokens; None takes the largest that leaves most of the memory to experts.
     n_ubatch : int, optional
         Largest physical batch; None means 512. It is lowered when the experts of such a batch cannot fit.
+    reserved : sequence of PlanLine
+        What the caller itself will hold besides.
 
     Raises
     ------
@@ -135,7 +138,8 @@ def make_plan(
         token of one layer. ``needed`` is the budget that would do.
     """
     pages = _SlabPages(index)
-    fixed = process_bytes + index.dense_bytes
+    set_aside = sum(line.bytes for line in reserved)
+    fixed = process_bytes + index.dense_bytes + set_aside
     headroom = headroom_of(budget.bytes)
     # 8 bytes for each page that was ever used: evicting an expert frees its pages, not the tables that map them.
     tables = -(-(pages.total + index.dense_bytes) // 512)
@@ -149,9 +153,9 @@ def make_plan(
         raise BudgetError(
             f"{budget.reason} is too small for {index.path.name}: at least {format_bytes(floor_budget)} is needed"
             f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(index.dense_bytes)},"
-            f" Python and llama.cpp {format_bytes(process_bytes)}, KV cache and buffers {format_bytes(least.total)},"
-            f" experts {format_bytes(pages.floor)}); give --ram {_round_up_mib(floor_budget)}MiB"
-            + (" or a smaller --ctx" if n_ctx else ""),
+            f" Python and llama.cpp {format_bytes(process_bytes + set_aside)},"
+            f" KV cache and buffers {format_bytes(least.total)}, experts {format_bytes(pages.floor)});"
+            f" give --ram {_round_up_mib(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
             needed=floor_budget,
         )
 
@@ -190,6 +194,7 @@ def make_plan(
         PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
         PlanLine("compute buffers", chosen.compute_bytes, f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"),
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
+        *reserved,
         PlanLine("expert arena", arena, f"{share:.0%} of {format_bytes(index.expert_bytes)} of experts"),
         PlanLine("page tables", tables, "the kernel's map of all experts and weights"),
         PlanLine("headroom", headroom, "never planned for: allocator and Python growth"),
@@ -215,6 +220,11 @@ def make_plan(
 def headroom_of(budget_bytes: int) -> int:
     """Memory that is never planned for, bytes: 4 MiB or a 64th of the budget, whichever is more."""
     return max(4 * MIB, budget_bytes // 64)
+
+
+def expert_pages(index: ExpertIndex) -> tuple[int, ...]:
+    """Memory that one expert of each MoE layer takes in the arena, at most, bytes."""
+    return _SlabPages(index).of_one_expert()
 
 
 def kernel_scratch(index: ExpertIndex, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
@@ -277,6 +287,10 @@ class _SlabPages:
         self.total = sum(span for slabs in self._layers.values() for _, span in slabs)
         # Twice one token's experts: the next layer's can arrive while this layer's are in use.
         self.floor = min(2 * self.whole(1), self.total)
+
+    def of_one_expert(self) -> tuple[int, ...]:
+        """All parts of one expert of each layer, layers ascending."""
+        return tuple(sum(slab for slab, _ in self._layers[layer]) for layer in sorted(self._layers))
 
     def whole(self, n_ubatch: int) -> int:
         """Worst case of one layer's experts for a batch, all parts at once."""

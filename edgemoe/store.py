@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -155,6 +155,17 @@ class ExpertStore:
             read_seconds=native.read_ns / 1e9,
             staged_layers=session.staged_layers(),
         )
+
+    def warm(self, layer: int, experts: Sequence[int]) -> None:
+        """Read those of a layer's experts that are not in memory, ahead of their use.
+
+        Raises
+        ------
+        StoreError
+            If they cannot be read, or are more than the arena holds.
+        """
+        with _as_store_error():
+            self.session.warm(layer, list(experts))
 
     def forget_page_cache(self) -> None:
         """Drop the model files' pages from the page cache: what was read through it is now held in memory."""

@@ -44,6 +44,7 @@ class FakeLlama:
         self.index = SimpleNamespace(path=Path("fake.gguf"), name="fake", has_chat_template=has_chat_template)
         self.store = SimpleNamespace(stats=self._stats, io="direct", io_reason="it works")
         self.chat_format = "llama-2"
+        self.task_mode = None
         self.input_ids: list[int] = []
         self.clock = 0.0
         self.closed = False

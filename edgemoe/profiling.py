@@ -1,0 +1,229 @@
+"""A task's text through the model: what its routers said is kept on disk, piece by piece, and scored at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemoe.chat import chat_prompt
+from edgemoe.documents import Document
+from edgemoe.errors import TraceError
+from edgemoe.evidence import DocumentShares
+from edgemoe.routed_shares import routed_shares
+from edgemoe.score import CRITERIA, score
+from edgemoe.trace import RoutedTokens, RouterTrace, top_k
+
+if TYPE_CHECKING:
+    from edgemoe.backend import Llama
+
+__all__ = ["Piece", "Spool", "pieces_of", "record", "scores_of", "shares_of"]
+
+FEW_DOCUMENTS = 5
+"""Below this a pattern says more about the documents than about the task (PEP-8; PreMoe v3, calibration samples)."""
+
+BEGINNINGS = (32, 128)
+"""Tokens of the beginnings of each text that are kept beside the whole, for matching short prompts."""
+
+_BEFORE_EXPERTS = frozenset({"llama4"})  # it weighs what goes into the experts, and shows that under the same name
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """As much of a document as one context holds.
+
+    Attributes
+    ----------
+    key : str
+        Tells this piece of this document, evaluated in this way, from all others.
+    tokens : tuple of int
+        What is evaluated.
+    n_prompt : int
+        How many of them are the prompt, 0 where nothing sets it apart.
+    n_answer : int
+        Tokens that the model may add of its own.
+    """
+
+    key: str
+    tokens: tuple[int, ...]
+    n_prompt: int
+    n_answer: int
+
+
+class Spool:
+    """Routed tokens of a task's pieces, one file each: what was recorded once need not be evaluated again.
+
+    Iterating loads one piece at a time, any number of times.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first piece is added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._keys: list[str] = []
+
+    def add(self, piece: Piece, tokens: RoutedTokens) -> None:
+        """Keep a piece on disk; `take` counts it in.
+
+        Raises
+        ------
+        TraceError
+            If it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TraceError(f"{self.folder} cannot be made: {error.strerror}; check its permissions") from error
+        tokens.save(self._path(piece.key))
+
+    def take(self, piece: Piece) -> bool:
+        """Count a piece in, if it is there and whole; False: it has to be recorded."""
+        try:
+            RoutedTokens.load(self._path(piece.key))
+        except TraceError:
+            return False
+        self._keys.append(piece.key)
+        return True
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[RoutedTokens]:
+        for key in self._keys:
+            yield RoutedTokens.load(self._path(key))
+
+    def remove(self) -> None:
+        """Delete the folder: the pieces have been scored."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.npz"
+
+
+def pieces_of(llama: Llama, document: Document, n_answer: int) -> Iterator[Piece]:
+    """Tokens of a document, through the chat template where it is a conversation and the model has one.
+
+    Parameters
+    ----------
+    llama : Llama
+        The model.
+    document : Document
+        What to evaluate. Text that is longer than the context is cut into pieces that are evaluated for themselves.
+    n_answer : int
+        Tokens that the model may answer where the document holds no answer; 0 for none. A prompt that leaves no room
+        for them gets no answer.
+
+    Raises
+    ------
+    PromptError
+        If the chat template refuses the conversation.
+    """
+    prompt, rest = _tokens(llama, document)
+    tokens = prompt + rest
+    n_prompt = len(prompt) if rest or document.prompt else 0
+    room = llama.n_ctx() - len(tokens)
+    answering = n_answer if not rest and 0 < n_answer <= room else 0
+    for start in range(0, len(tokens), llama.n_ctx()):
+        part = tuple(tokens[start : start + llama.n_ctx()])
+        here = min(max(n_prompt - start, 0), len(part))
+        yield Piece(_key(llama, part, here, answering), part, here, answering)
+
+
+def record(llama: Llama, piece: Piece, outputs: bool = True) -> RoutedTokens:
+    """Evaluate a piece and keep what its routers said; with an answer of the model's own, of that too.
+
+    Parameters
+    ----------
+    llama : Llama
+        Opened with ``logits_all=True``: the last layer's router is computed for tokens with logits only.
+    piece : Piece
+        From `pieces_of`.
+    outputs : bool
+        Record what the chosen experts give, where the architecture shows it.
+
+    Raises
+    ------
+    TraceError
+        If the architecture does not route by logits.
+    EdgemoeError
+        What evaluating raises.
+    """
+    parts: list[RoutedTokens] = []
+    k_a = max(llama.index.n_expert_used[layer] for layer in llama.index.moe_layers)
+
+    def keep(trace: RouterTrace) -> None:
+        parts.append(top_k(trace, k_a))
+
+    outputs = outputs and llama.index.architecture not in _BEFORE_EXPERTS
+    llama.reset()
+    # Without an answer nobody wants the last layer's experts, nor logits over the vocabulary.
+    with llama.tap.watch(keep, outputs=outputs, cut=piece.n_answer == 0):
+        if piece.n_answer == 0:
+            llama.eval(piece.tokens)
+        else:
+            answer = llama.generate(piece.tokens, temp=0.0)
+            for count, token in enumerate(answer, 1):
+                if token == llama.token_eos() or count > piece.n_answer:
+                    break
+    return RoutedTokens.concatenate(parts)
+
+
+def scores_of(spool: Spool) -> dict[str, npt.NDArray[np.float32]]:
+    """Score a task's experts under every criterion that what was recorded allows; f32 [L, N] each.
+
+    Raises
+    ------
+    TraceError
+        If nothing was recorded.
+    """
+    scores = {}
+    first = next(iter(spool), None)
+    if first is None:
+        raise TraceError("nothing was recorded; give text of the task")
+    for name, criterion in CRITERIA.items():
+        if criterion.needs_outputs and first.outputs is None:
+            continue
+        if criterion.gamma and first.outputs is not None and np.isnan(first.outputs.change).all(axis=1).any():
+            continue
+        scores[name] = score(spool, criterion).scores().astype(np.float32)
+    return scores
+
+
+def shares_of(spool: Spool, n_prompts: Sequence[int]) -> DocumentShares:
+    """Where the tokens of each piece were routed: of its prompt, where it has one and an answer, and of beginnings."""
+    numbers, tokens, shares = [], [], []
+    for number, (routed, n_prompt) in enumerate(zip(spool, n_prompts, strict=True)):
+        whole = n_prompt or routed.n_token
+        for n_token in (*(n for n in BEGINNINGS if n < whole), whole):
+            numbers.append(number)
+            tokens.append(n_token)
+            shares.append(routed_shares(routed, n_token))
+    return DocumentShares(
+        np.array(numbers, np.int32), np.array(tokens, np.int32), np.stack(shares).astype(np.float16)
+    ).sample()
+
+
+def _tokens(llama: Llama, document: Document) -> tuple[list[int], list[int]]:
+    """Prompt and answer of a document as the model would see them."""
+    if not document.prompt or not llama.index.has_chat_template:
+        text = llama.tokenize(document.text.encode("utf-8"), add_bos=True, special=True)
+        return text, []
+    prompt = chat_prompt(llama, [{"role": turn.role, "content": turn.content} for turn in document.prompt])
+    answer = (document.answer or "").encode("utf-8")
+    return prompt, llama.tokenize(answer, add_bos=False, special=True) if answer else []
+
+
+def _key(llama: Llama, tokens: tuple[int, ...], n_prompt: int, n_answer: int) -> str:
+    """Name what was evaluated and how: the same piece has the same name in the next run."""
+    facts = [list(tokens), n_prompt, n_answer, llama.index.n_expert_used, llama.index.quantization]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

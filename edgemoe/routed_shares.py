@@ -1,0 +1,66 @@
+"""Where a text's tokens are routed: shares of the experts, which is what texts are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemoe.index import ExpertIndex
+from edgemoe.trace import RoutedTokens, RouterTrace, top_k
+
+__all__ = ["RoutedShares", "routed_shares"]
+
+
+class RoutedShares:
+    """Where a text's tokens are routed, batch by batch: what is compared with tasks.
+
+    Parameters
+    ----------
+    layers : sequence of int
+        MoE layers that are heard.
+    index : ExpertIndex
+        The model.
+    counted : slice, optional
+        Which tokens of the text count; all by default.
+
+    Attributes
+    ----------
+    n_token : int
+        Tokens counted so far.
+    """
+
+    def __init__(self, layers: Sequence[int], index: ExpertIndex, counted: slice | None = None) -> None:
+        self.layers = tuple(layers)
+        self.n_token = 0
+        self._counted = counted
+        self._n_heard = 0
+        self._k_a = max(index.n_expert_used)
+        self._sums = np.zeros((len(self.layers), index.n_expert))
+
+    def add(self, trace: RouterTrace) -> None:
+        """Add a batch; layer by layer, which takes little memory."""
+        n_batch = trace.logits.shape[1]
+        first, end = 0, n_batch
+        if self._counted is not None:
+            first, end = (min(max(at - self._n_heard, 0), n_batch) for at in (self._counted.start, self._counted.stop))
+        self._n_heard += n_batch
+        self.n_token += end - first
+        for row, layer in enumerate(trace.layers):
+            one = top_k(RouterTrace((layer,), trace.logits[row : row + 1, first:end]), self._k_a, compiled=False)
+            self._sums[row] += routed_shares(one, one.n_token)[0] * one.n_token
+
+    def shares(self) -> npt.NDArray[np.float32]:
+        """Mean over the tokens, f32 [L, N]; a row adds up to 1."""
+        return (self._sums / max(self.n_token, 1)).astype(np.float32)
+
+
+def routed_shares(routed: RoutedTokens, n_token: int) -> npt.NDArray[np.float64]:
+    """Share of the first tokens' router weight that each expert got, [L, N]: softmax over each token's top-k."""
+    ids, logits = routed.ids[:, :n_token], routed.logits[:, :n_token].astype(np.float64)
+    weights = np.exp(logits - logits[..., :1])
+    weights /= weights.sum(axis=-1, keepdims=True)
+    cells = np.arange(len(ids))[:, None, None] * routed.n_expert + ids
+    sums = np.bincount(cells.ravel(), weights.ravel(), len(ids) * routed.n_expert)
+    return np.asarray(sums.reshape(len(ids), routed.n_expert) / max(n_token, 1))
