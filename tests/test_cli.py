@@ -51,10 +51,14 @@ Options:
   -h, --help  Show this message and exit.
 
 Commands:
-  inspect  Show what is in a model: layers, experts, sizes.
-  plan     Show where every byte of a RAM budget would go.
-  run      Answer one prompt.
-  chat     Talk with a model.
+  inspect   Show what is in a model: layers, experts, sizes.
+  plan      Show where every byte of a RAM budget would go.
+  run       Answer one prompt.
+  chat      Talk with a model.
+  profile   Learn from text which experts a task needs.
+  tasks     Look after the tasks of a model.
+  match     Say which task a prompt belongs to.
+  evaluate  Measure what keeping only a task's experts costs.
 """
 
 INSPECTION = """\

@@ -17,6 +17,10 @@ VERBS = {
     "plan": "Show where every byte of a RAM budget would go.",
     "run": "Answer one prompt.",
     "chat": "Talk with a model.",
+    "profile": "Learn from text which experts a task needs.",
+    "tasks": "Look after the tasks of a model.",
+    "match": "Say which task a prompt belongs to.",
+    "evaluate": "Measure what keeping only a task's experts costs.",
 }
 """Verb -> its line in the help, written here so that the help imports no verb."""
 

@@ -12,13 +12,15 @@ import click
 from edgemoe.chat import Answer, ChatSession
 from edgemoe.cli import options
 from edgemoe.cli.options import ModelOptions, utf8
-from edgemoe.errors import PromptError
+from edgemoe.errors import PatternError, PromptError
 from edgemoe.memory import format_bytes
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
 
 HELP = """\
+/task         show the tasks, and which is active
+/task NAME    use that task; /task all: all experts; /task auto: whatever the prompts are about
 /system TEXT  set the system message; without TEXT remove it
 /reset        forget the conversation
 /plan         show where the memory goes
@@ -79,6 +81,7 @@ class _Chat:
         self._on_terminal = on_terminal
         self._session = ChatSession(llama, options.sampling())
         self._latest: Answer | None = None
+        self._task_told: str | None = None
 
     def greet(self) -> None:
         """Say what there is to know before the first message."""
@@ -90,6 +93,7 @@ class _Chat:
                 f"{index.name}, {plan.n_ctx:,} tokens of context, {format_bytes(plan.budget.bytes)} of memory."
                 " /help lists the commands, Ctrl-D leaves."
             )
+        self._tell_task()
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a message; False to leave."""
@@ -118,6 +122,8 @@ class _Chat:
             ui.show(ui.err(), ui.statistics(self._llama, self._latest))
         elif name == "/stats":
             self._note("No answer yet.")
+        elif name == "/task":
+            self._task(text.strip())
         elif name == "/reset":
             self._session.reset()
             self._note("The conversation is forgotten.")
@@ -127,6 +133,36 @@ class _Chat:
         else:
             click.echo(f"edgemoe: there is no command {name}; /help lists them", err=True)
         return True
+
+    def _task(self, name: str) -> None:
+        """Show, pin or release the active task."""
+        mode = self._llama.task_mode
+        if mode is None:
+            click.echo("edgemoe: this chat knows no tasks; start it with --experts task or auto", err=True)
+            return
+        try:
+            if name == "auto":
+                mode.release()
+            elif name:
+                mode.pin(None if name == "all" else name)
+                self._task_told = mode.active
+        except PatternError as error:
+            click.echo(f"edgemoe: {error}", err=True)
+            return
+        from edgemoe.cli import task_ui
+
+        self._note(task_ui.mode_line(mode))
+        if not name:
+            self._note(f"tasks: {', '.join(mode.names)}")
+
+    def _tell_task(self) -> None:
+        """Say so where the prompt has changed the task."""
+        mode = self._llama.task_mode
+        if mode is not None and mode.active != self._task_told:
+            from edgemoe.cli import task_ui
+
+            self._task_told = mode.active
+            self._note(task_ui.mode_line(mode))
 
     def _answer(self, text: str) -> None:
         from edgemoe.cli import ui
@@ -146,6 +182,7 @@ class _Chat:
             if self._options.json:
                 document = ui.answer_document(self._llama, answer)
                 ui.show_json({**document, "dropped_turns": self._session.dropped_turns}, indent=None)
+            self._tell_task()
             self._note(ui.status_line(self._llama, answer))
 
     def _note(self, text: str) -> None:

@@ -6,7 +6,8 @@ import functools
 import math
 import os
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from edgemoe.errors import PromptError
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
-    from edgemoe.plan import ExpertPlan
+    from edgemoe.plan import ExpertPlan, PlanLine
 
 
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
@@ -45,21 +46,42 @@ UBATCH = click.option(
     help="Prompt tokens evaluated at once.  [default: up to 512, what fits --ram]",
 )
 JSON = click.option("--json", is_flag=True, help="Print JSON on standard output.")
+THREADS = click.option(
+    "--threads", metavar="N", type=click.IntRange(1, 512), help="Compute threads.  [default: physical cores]"
+)
+IO = click.option(
+    "--io",
+    type=click.Choice(["auto", "direct", "mmap", "pread"]),
+    default="auto",
+    show_default=True,
+    help="How experts are read from disk; auto tries direct on the file.",
+)
+STORE = click.option(
+    "--store",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="EDGEMOE_TASKS",
+    help="Folder with this model's tasks.  [default: one for each model, in the user's data folder]",
+)
 
 _SHARED = (
     RAM,
     CTX,
-    click.option(
-        "--threads", metavar="N", type=click.IntRange(1, 512), help="Compute threads.  [default: physical cores]"
-    ),
+    THREADS,
     UBATCH,
+    IO,
     click.option(
-        "--io",
-        type=click.Choice(["auto", "direct", "mmap", "pread"]),
-        default="auto",
+        "--experts",
+        type=click.Choice(["all", "task", "auto"]),
+        default="all",
         show_default=True,
-        help="How experts are read from disk; auto tries direct on the file.",
+        help="all: exact. task: only those of the prompt's task. auto: exact, the task's in memory first.",
     ),
+    click.option(
+        "--keep", metavar="K/M", help="With --experts task: K active of M kept, on average.  [default: what fits]"
+    ),
+    click.option("--task", metavar="NAME", help="Use this task, whatever the prompts are about."),
+    STORE,
     click.option(
         "--max-tokens",
         metavar="N",
@@ -95,6 +117,12 @@ class ModelOptions:
         Tokens; threads.
     io : str
         ``auto``, ``direct``, ``mmap`` or ``pread``.
+    experts : str
+        ``all``, ``task`` or ``auto``.
+    keep, task : str or None
+        Experts kept; the task to use.
+    store : Path or None
+        Folder of tasks.
     temp : float
         Sampling temperature.
     seed : int or None
@@ -108,6 +136,10 @@ class ModelOptions:
     threads: int | None
     ubatch: int | None
     io: str
+    experts: str
+    keep: str | None
+    task: str | None
+    store: Path | None
     max_tokens: int | None
     temp: float
     seed: int | None
@@ -139,6 +171,10 @@ class ModelOptions:
             str(model),
             ram=self.ram,
             io=self.io,
+            experts=self.experts,
+            keep=self.keep,
+            task=self.task,
+            tasks=self.store,
             n_ctx=self.ctx,
             n_batch=max(512, self.ubatch or 0),
             n_ubatch=self.ubatch,
@@ -148,6 +184,39 @@ class ModelOptions:
             on_plan=on_plan,
             on_progress=on_progress,
         )
+
+
+def open_for_text(
+    model: Path,
+    ram: str,
+    ctx: int,
+    threads: int | None,
+    io: str,
+    reserved: Sequence[PlanLine],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """Load a model to evaluate text with, all of its tokens' logits kept.
+
+    Raises
+    ------
+    EdgemoeError
+        Whatever keeps the model from loading.
+    """
+    from edgemoe.backend import Llama
+
+    threads = threads or default_threads()
+    return Llama(
+        str(model),
+        ram=ram,
+        io=io,
+        n_ctx=ctx,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=True,
+        logits_all=True,
+        reserved=reserved,
+        on_progress=on_progress,
+    )
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,3 +255,22 @@ def utf8(data: bytes, source: str) -> str:
         raise PromptError(
             f"{source} is not UTF-8 text (byte {data[error.start]:#04x} at {error.start}); convert it first"
         ) from error
+
+
+def read_prompt(argument: str | None) -> str:
+    """Take the prompt from the command line, else from standard input.
+
+    Raises
+    ------
+    PromptError
+        When there is none, or it is not UTF-8.
+    """
+    if argument is not None and argument != "-":
+        text = utf8(os.fsencode(argument), "the prompt")
+    elif sys.stdin.isatty():
+        raise PromptError('there is no prompt; give it as an argument ("...") or on standard input')
+    else:
+        text = utf8(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
+    if not text.strip():
+        raise PromptError("the prompt is empty; give it as an argument or on standard input")
+    return text

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import click
 
 from edgemoe.chat import ChatSession, complete
 from edgemoe.cli import options
-from edgemoe.cli.options import ModelOptions, utf8
-from edgemoe.errors import PromptError
+from edgemoe.cli.options import ModelOptions, read_prompt
 
 
 @click.command("run")
@@ -27,7 +24,7 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
     """
     from edgemoe.cli import ui
 
-    text = _prompt(prompt)
+    text = read_prompt(prompt)
     talking = not (options.quiet or options.json)
     sampling = options.sampling()
     with ui.Loading(shown=not options.quiet) as loading:
@@ -52,16 +49,3 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
                 ui.show_json({**document, "plan": ui.plan_document(llama.plan)})
             elif talking:
                 ui.report(llama, answer)
-
-
-def _prompt(argument: str | None) -> str:
-    """Take the prompt from the command line, else from standard input."""
-    if argument is not None and argument != "-":
-        text = utf8(os.fsencode(argument), "the prompt")
-    elif sys.stdin.isatty():
-        raise PromptError('there is no prompt; give it as an argument ("...") or on standard input')
-    else:
-        text = utf8(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
-    if not text.strip():
-        raise PromptError("the prompt is empty; give it as an argument or on standard input")
-    return text
