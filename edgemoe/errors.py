@@ -13,6 +13,7 @@
      |- TraceError                  router traces are damaged, empty, or do not fit together or the criterion
      |- DocumentError               calibration text cannot be read: no UTF-8, damaged JSON lines, nothing in it
      |- AllocationError             scores, loss curves or sets of experts that do not fit the model
+     |- ConvertError                a model cannot be converted, or the disk does not take what it becomes
      |- StoreError                  the disk failed, or the file changed, while experts were being read
      |- BackendError                llama-cpp-python is missing, of another version, or refused the model
      |- UnsupportedPlatformError    this operating system or machine is not supported
@@ -24,6 +25,7 @@ __all__ = [
     "AllocationError",
     "BackendError",
     "BudgetError",
+    "ConvertError",
     "DocumentError",
     "EdgemoeError",
     "ModelFileError",
@@ -92,6 +94,10 @@ class DocumentError(EdgemoeError):
 
 class AllocationError(EdgemoeError):
     """Experts cannot be chosen: scores, loss curves or sets that contradict themselves or the model."""
+
+
+class ConvertError(EdgemoeError):
+    """A model cannot be converted: no room, an existing output, unsound weights, or nothing to be gained."""
 
 
 class StoreError(EdgemoeError):

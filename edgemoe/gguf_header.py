@@ -19,7 +19,7 @@ from edgemoe.errors import ModelFileError
 from edgemoe.file_window import CUT_SHORT, DAMAGED, FileWindow
 from edgemoe.ggml_types import type_blocks, type_name
 
-__all__ = ["ArraySummary", "GGUFHeader", "TensorInfo", "Value", "read_header", "show"]
+__all__ = ["ArraySummary", "GGUFHeader", "TensorInfo", "Value", "read_header", "scalar_layouts", "show"]
 
 # Bounds no real model comes near (the oldest files had 30k tensors); they limit what a hostile file can cost.
 _MAX_KEYS = 1 << 16
@@ -168,7 +168,8 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
 
 
 @functools.cache
-def _scalar_layouts() -> dict[int, tuple[str, struct.Struct]]:
+def scalar_layouts() -> dict[int, tuple[str, struct.Struct]]:
+    """Value types that are one number or bool: GGUF's type id -> (name in lower case, its bytes)."""
     from gguf.constants import GGUFValueType as Kind
 
     codes = {
@@ -273,7 +274,7 @@ class _Reader(FileWindow):
     def _value(self, kind: int) -> Value:
         from gguf.constants import GGUFValueType as Kind
 
-        layouts = _scalar_layouts()
+        layouts = scalar_layouts()
         if kind in layouts:
             _, layout = layouts[kind]
             value: Scalar = layout.unpack(self.take(layout.size))[0]
@@ -297,9 +298,9 @@ class _Reader(FileWindow):
             return ArraySummary("string", length)
         if kind == Kind.ARRAY:
             self.fail(f"has an array of arrays as {self.doing}, which llama.cpp does not read", "convert it again")
-        if kind not in _scalar_layouts():
+        if kind not in scalar_layouts():
             self.fail(f"has {self.doing} as an array of unknown type {kind}, expected 0 to 12", DAMAGED)
-        name, layout = _scalar_layouts()[kind]
+        name, layout = scalar_layouts()[kind]
         if length > _MAX_KEPT_ITEMS:
             self.skip(length * layout.size)
             return ArraySummary(name, length)

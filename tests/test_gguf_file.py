@@ -1,0 +1,358 @@
+"""What is written can be read back by both readers, and nothing half-written ever has the final name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import string
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from unittest import mock
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import GGUFValueType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemoe.converters import gguf_file
+from edgemoe.converters.gguf_file import GgufFile, RawValue, TensorInfo, Value, lay_out
+from edgemoe.errors import ConvertError
+from edgemoe.ggml_types import type_blocks
+from edgemoe.gguf_header import ArraySummary, read_header
+
+F32, F16, Q8_0, Q4_K = 0, 1, 8, 12
+METADATA = {"general.architecture": Value("qwen3moe", Kind.STRING), "some.number": Value(7, Kind.UINT32)}
+
+
+def tensor(name: str, shape: tuple[int, ...], ggml_type: int = F32) -> TensorInfo:
+    blocks = type_blocks(ggml_type)
+    assert blocks is not None
+    return TensorInfo(name, shape, ggml_type, prod(shape) // blocks[0] * blocks[1])
+
+
+TENSORS = [tensor("a", (3,)), tensor("b", (256, 2, 4), Q4_K), tensor("c", (32, 5), Q8_0), tensor("d", (1,))]
+
+
+def data_of(info: TensorInfo) -> bytes:
+    return np.random.default_rng(len(info.name) + info.n_bytes).bytes(info.n_bytes)
+
+
+def write(path: Path, tensors: Sequence[TensorInfo] = TENSORS, **options: object) -> None:
+    with GgufFile(path, METADATA, tensors, **options) as file:  # type: ignore[arg-type]
+        for info in tensors:
+            file.write(info.name, [data_of(info)])
+        file.finish()
+
+
+def refusal(path: Path, tensors: Sequence[TensorInfo] = TENSORS, **options: object) -> str:
+    with pytest.raises(ConvertError) as caught:
+        write(path, tensors, **options)
+    assert "\n" not in str(caught.value) and "; " in str(caught.value)
+    return str(caught.value)
+
+
+INTEGERS = {
+    Kind.UINT8: (0, 2**8 - 1),
+    Kind.INT8: (-(2**7), 2**7 - 1),
+    Kind.UINT16: (0, 2**16 - 1),
+    Kind.INT16: (-(2**15), 2**15 - 1),
+    Kind.UINT32: (0, 2**32 - 1),
+    Kind.INT32: (-(2**31), 2**31 - 1),
+    Kind.UINT64: (0, 2**64 - 1),
+    Kind.INT64: (-(2**63), 2**63 - 1),
+}
+ITEMS = {
+    **{kind: st.integers(low, high) for kind, (low, high) in INTEGERS.items()},
+    Kind.FLOAT32: st.floats(width=32, allow_nan=False),
+    Kind.FLOAT64: st.floats(allow_nan=False),
+    Kind.BOOL: st.booleans(),
+    Kind.STRING: st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+}
+
+
+@st.composite
+def values(draw: st.DrawFn) -> Value:
+    kind = draw(st.sampled_from(list(ITEMS)))
+    if draw(st.booleans()):
+        return Value(draw(ITEMS[kind]), kind)
+    # The gguf package cannot read an empty array of strings.
+    return Value(draw(st.lists(ITEMS[kind], min_size=1, max_size=9)), Kind.ARRAY, kind)
+
+
+NAMES = st.text(string.ascii_lowercase + "._", min_size=1, max_size=12)
+
+
+@st.composite
+def tensor_infos(draw: st.DrawFn) -> list[TensorInfo]:
+    infos = []
+    for name in draw(st.lists(NAMES, max_size=6, unique=True)):
+        kind = draw(st.sampled_from([F32, F16, Q8_0, Q4_K]))
+        blocks = type_blocks(kind)
+        assert blocks is not None
+        row = blocks[0] * draw(st.integers(1, 3))
+        infos.append(tensor(name, (row, *draw(st.lists(st.integers(1, 3), max_size=3))), kind))
+    return infos
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    keys=st.dictionaries(NAMES.map("x.{}".format), values(), max_size=8),
+    infos=tensor_infos(),
+    alignment=st.sampled_from([32, 64, 4096]),
+    order=st.randoms(use_true_random=False),
+    n_chunk=st.integers(1, 3000),
+)
+def test_both_readers_read_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    keys: Mapping[str, Value],
+    infos: list[TensorInfo],
+    alignment: int,
+    order: object,
+    n_chunk: int,
+) -> None:
+    path = tmp_path_factory.mktemp("written") / "m.gguf"
+    metadata = {"general.architecture": Value("llama", Kind.STRING), **keys}
+    with GgufFile(path, metadata, infos, alignment=alignment) as file:
+        for info in order.sample(infos, len(infos)):  # type: ignore[attr-defined]
+            data = data_of(info)
+            file.write(info.name, (data[i : i + n_chunk] for i in range(0, len(data), n_chunk)))
+        file.finish()
+    assert [p.name for p in path.parent.iterdir()] == ["m.gguf"]
+    header = read_header(path)
+    assert header.alignment == alignment
+    assert header.file_size == path.stat().st_size == file.file_size
+    assert [(t.name, t.shape, t.ggml_type, t.n_bytes) for t in header.tensors] == [
+        (t.name, t.shape, t.ggml_type, t.n_bytes) for t in infos
+    ]
+    content = path.read_bytes()
+    for found, info in zip(header.tensors, infos, strict=True):
+        assert found.offset % alignment == 0
+        assert content[found.offset : found.offset + found.n_bytes] == data_of(info)
+    for key, value in metadata.items():
+        kept = header.metadata[key]
+        if value.element == Kind.STRING:
+            assert kept == ArraySummary("string", len(value.value))
+        else:
+            assert kept == (tuple(value.value) if value.element is not None else value.value)
+    reader = gguf.GGUFReader(path)
+    fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    extra = [] if alignment == 32 else ["general.alignment"]
+    assert list(fields) == [*metadata, *extra]
+    for key, value in metadata.items():
+        assert fields[key].types == [value.type] + ([value.element] if value.element is not None else [])
+        assert fields[key].contents() == value.value
+    for found, info in zip(reader.tensors, infos, strict=True):
+        assert found.name == info.name
+        assert found.data.tobytes() == data_of(info)
+
+
+def test_an_empty_array_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    metadata = {"empty": Value([], Kind.ARRAY, Kind.STRING), "bytes": Value([b"\xff\xfe"], Kind.ARRAY, Kind.STRING)}
+    with GgufFile(path, metadata, []) as file:
+        file.finish()
+    assert read_header(path).metadata["empty"] == ArraySummary("string", 0)
+    assert b"\2\0\0\0\0\0\0\0\xff\xfe" in path.read_bytes()
+
+
+def test_raw_values_are_written_as_they_are() -> None:
+    value = Value([1, 2, 3], Kind.ARRAY, Kind.INT16)
+    raw = RawValue(b"\x09\0\0\0" + b"\x03\0\0\0" + b"\3\0\0\0\0\0\0\0" + b"\1\0\2\0\3\0")
+    assert lay_out({"k": value}, []) == lay_out({"k": raw}, [])
+
+
+def test_a_stated_alignment_is_replaced_in_place() -> None:
+    metadata = {"general.alignment": Value(64, Kind.UINT32), "some.number": Value(7, Kind.UINT32)}
+    default = lay_out(metadata, TENSORS)
+    assert default.header == lay_out({**metadata, "general.alignment": Value(32, Kind.UINT32)}, TENSORS).header
+    assert all(offset % 4096 == 0 for offset in lay_out(metadata, TENSORS, alignment=4096).offsets)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "expected"),
+    [
+        ({"k": Value(-1, Kind.UINT32)}, [], "metadata key 'k' cannot be stored"),
+        ({"k": Value("x", Kind.FLOAT32)}, [], "metadata key 'k' cannot be stored"),
+        ({"k": Value("\ud800", Kind.STRING)}, [], "metadata key 'k' cannot be stored"),
+        ({"k": Value([[1]], Kind.ARRAY, Kind.ARRAY)}, [], "metadata key 'k' cannot be stored"),
+        ({}, [tensor("a", (1,)), tensor("a", (2,))], "two tensors are named 'a'"),
+        ({}, [tensor("x" * 64, (1,))], "more than 63 bytes"),
+        ({}, [TensorInfo("a", (), F32, 4)], "shape ()"),
+        ({}, [TensorInfo("a", (2, 1, 1, 1, 1), F32, 8)], "1 to 4 extents"),
+        ({}, [TensorInfo("a", (2,), F32, 4)], "is no 4 bytes of F32"),
+        ({}, [TensorInfo("a", (33,), Q8_0, 34)], "is no 34 bytes of Q8_0"),
+    ],
+)
+def test_what_gguf_cannot_hold(metadata: Mapping[str, Value], tensors: list[TensorInfo], expected: str) -> None:
+    with pytest.raises(ConvertError) as caught:
+        lay_out(metadata, tensors)
+    assert expected in str(caught.value) and "; " in str(caught.value)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", range(len(TENSORS)))
+@pytest.mark.parametrize("amid", [False, True])
+def test_an_interruption_at_any_tensor_is_taken_up_again(at: int, amid: bool, tmp_path: Path) -> None:
+    write(tmp_path / "expected.gguf")
+    path = tmp_path / "m.gguf"
+    with pytest.raises(Interrupted), GgufFile(path, METADATA, TENSORS) as file:
+        for info in TENSORS[:at]:
+            file.write(info.name, [data_of(info)])
+        if amid:
+            file.write(TENSORS[at].name, stopping(data_of(TENSORS[at])))
+        raise Interrupted
+    assert not path.exists()
+    assert (tmp_path / "m.gguf.partial").exists() == (at > 0)
+    with GgufFile(path, METADATA, TENSORS) as file:
+        assert file.done == {info.name for info in TENSORS[:at]}
+        for info in TENSORS:
+            file.write(info.name, never() if info.name in file.done else [data_of(info)])
+        file.finish()
+    assert path.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    assert not (tmp_path / "m.gguf.partial").exists()
+
+
+def stopping(data: bytes) -> object:
+    yield data[: len(data) // 2]
+    raise Interrupted
+
+
+def never() -> object:
+    raise AssertionError("nothing is asked for data that is there")
+    yield
+
+
+def test_a_process_that_was_killed_loses_what_the_disk_did_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with mock.patch.object(gguf_file, "_SYNC_BYTES", TENSORS[1].n_bytes):
+        killed = GgufFile(path, METADATA, TENSORS)
+        for info in TENSORS[:3]:
+            killed.write(info.name, [data_of(info)])
+        os.close(killed._fd)  # as a kill does: nothing more is written
+        with GgufFile(path, METADATA, TENSORS) as file:
+            assert file.done == {"a", "b"}, "c waits for the next portion"
+
+
+def partial_file(path: Path, sources: Sequence[Path] = ()) -> Path:
+    with GgufFile(path, METADATA, TENSORS, sources=sources) as file:
+        file.write("a", [data_of(TENSORS[0])])
+    return file.partial
+
+
+def test_another_plan_is_begun_anew(tmp_path: Path) -> None:
+    path, source = tmp_path / "m.gguf", tmp_path / "source"
+    source.write_bytes(b"1")
+    partial_file(path, [source])
+    with GgufFile(path, METADATA, TENSORS, sources=[source]) as file:
+        assert file.done == {"a"}
+    with GgufFile(path, {**METADATA, "more": Value(1, Kind.UINT8)}, TENSORS, sources=[source]) as file:
+        assert not file.done
+    partial_file(path, [source])
+    os.utime(source, ns=(1, 1))
+    with GgufFile(path, METADATA, TENSORS, sources=[source]) as file:
+        assert not file.done, "another source may be other weights"
+
+
+def test_a_partial_file_that_is_something_else_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    (tmp_path / "m.gguf.partial").write_bytes(b"something" * 1000)
+    write(path)
+    write(tmp_path / "expected.gguf")
+    assert path.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("chunks", [[b"1"], [bytes(13)], [bytes(6), bytes(7)], []])
+def test_data_of_another_size_is_refused(chunks: list[bytes], tmp_path: Path) -> None:
+    with GgufFile(tmp_path / "m.gguf", METADATA, TENSORS) as file:
+        with pytest.raises(ConvertError, match="tensor 'a' is not the 12 bytes"):
+            file.write("a", chunks)
+        with pytest.raises(KeyError):
+            file.write("z", chunks)
+        assert not file.done
+
+
+def test_a_file_that_lacks_a_tensor_gets_no_name(tmp_path: Path) -> None:
+    with GgufFile(tmp_path / "m.gguf", METADATA, TENSORS) as file:
+        file.write("a", [data_of(TENSORS[0])])
+        with pytest.raises(ConvertError, match="no data of tensor 'b'"):
+            file.finish()
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_an_existing_file_is_replaced_by_force_only(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"mine")
+    assert f"{path} exists already" in refusal(path)
+    assert path.read_bytes() == b"mine"
+    with GgufFile(path, METADATA, TENSORS, force=True) as file:
+        file.write("a", [data_of(TENSORS[0])])
+    assert path.read_bytes() == b"mine", "it stays until the new one is complete"
+    write(path, force=True)
+    assert len(read_header(path).tensors) == 4
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with GgufFile(path, METADATA, []) as file:
+        path.write_bytes(b"mine")
+        with pytest.raises(ConvertError, match="exists already"):
+            file.finish()
+    assert path.read_bytes() == b"mine"
+
+
+def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
+    source = tmp_path / "source.gguf"
+    source.write_bytes(b"weights")
+    assert "is what is to be converted" in refusal(source, sources=[source], force=True)
+    assert "is a directory" in refusal(tmp_path, force=True)
+    assert "missing is not a directory" in refusal(tmp_path / "missing" / "m.gguf")
+    assert "is not a regular file" in refusal(Path("/dev/null"), force=True)
+    assert "cannot be read" in refusal(tmp_path / "m.gguf", sources=[tmp_path / "gone"])
+    assert "File name too long" in refusal(tmp_path / ("x" * 250))
+    assert source.read_bytes() == b"weights"
+
+
+def test_two_processes_cannot_write_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    partial = partial_file(path)
+    before = partial.read_bytes()
+    with partial.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process" in refusal(path)
+    assert partial.read_bytes() == before
+
+
+def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    huge = tensor("a", (1 << 40, 1 << 10))
+    message = refusal(tmp_path / "m.gguf", [huge])
+    assert "needs 4.00 PiB" in message or "needs 4096 TiB" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    """The disk fills up while the file is written: what is complete is kept, and later taken up again."""
+    path = tmp_path / "m.gguf"
+    real, room = os.pwrite, 5000
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = real(fd, bytes(data)[:room], offset)
+        room -= taken
+        return taken
+
+    big = [tensor("a", (500,)), tensor("b", (1000,))]
+    with mock.patch.object(gguf_file.os, "pwrite", pwrite):
+        message = refusal(path, big)
+    assert "No space left on device" in message and "goes on where it stopped" in message
+    assert not path.exists()
+    write(path, big)
+    assert path.read_bytes().endswith(data_of(big[1]))
