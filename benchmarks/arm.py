@@ -137,7 +137,8 @@ def ask_plan(settings: Settings) -> dict[str, int]:
 # ---------------------------------------------------------------- child
 
 
-def _open_edgemoe(settings: Settings) -> Any:
+def open_edgemoe(settings: Settings, **changes: Any) -> Any:
+    """Open a model with edgemoe, as the settings say."""
     from edgemoe.backend import Llama
 
     assert settings.ram is not None
@@ -150,10 +151,12 @@ def _open_edgemoe(settings: Settings) -> Any:
         n_ubatch=settings.n_ubatch,
         n_threads=settings.n_threads,
         n_threads_batch=settings.n_threads,
+        **changes,
     )
 
 
-def _open_plain(settings: Settings) -> Any:
+def open_plain(settings: Settings) -> Any:
+    """Open a model with plain llama.cpp, as the settings say."""
     import llama_cpp
     from llama_cpp import llama_cpp as C  # noqa: N812
 
@@ -248,7 +251,7 @@ def main() -> None:
         reply(_budgets(settings))
         return
     started = time.perf_counter()
-    llama = _open_edgemoe(settings) if what == EDGEMOE else _open_plain(settings)
+    llama = open_edgemoe(settings) if what == EDGEMOE else open_plain(settings)
     opened = time.perf_counter() - started
     decoder = _Decoder(llama)
     ready: dict[str, Any] = {"open_s": opened, "n_ctx": llama.n_ctx(), **decoder.state()}

@@ -57,7 +57,7 @@ Commands:
   chat      Talk with a model.
   profile   Learn from text which experts a task needs.
   tasks     Look after the tasks of a model.
-  match     Say which task a prompt belongs to.
+  match     Say which task a prompt belongs to, or none.
   evaluate  Measure what keeping only a task's experts costs.
 """
 
@@ -125,7 +125,8 @@ def test_each_verb_has_its_line_in_the_help(verb: str) -> None:
     assert command.get_short_help_str(limit=80) == VERBS[verb]
     result = click.testing.CliRunner().invoke(main, [verb, "-h"], prog_name="edgemoe")
     assert result.exit_code == 0
-    assert result.output.startswith(f"Usage: edgemoe {verb} [OPTIONS] MODEL")
+    arguments = "COMMAND" if isinstance(command, click.Group) else "MODEL"
+    assert result.output.startswith(f"Usage: edgemoe {verb} [OPTIONS] {arguments}")
 
 
 def test_version() -> None:

@@ -30,6 +30,8 @@ from edgemoe.cli.terminal_input import TerminalInput
 from edgemoe.errors import StoreError
 
 HELP = """\
+/task         show the tasks, and which is active
+/task NAME    use that task; /task all: all experts; /task auto: whatever the prompts are about
 /system TEXT  set the system message; without TEXT remove it
 /reset        forget the conversation
 /plan         show where the memory goes

@@ -19,7 +19,7 @@ VERBS = {
     "chat": "Talk with a model.",
     "profile": "Learn from text which experts a task needs.",
     "tasks": "Look after the tasks of a model.",
-    "match": "Say which task a prompt belongs to.",
+    "match": "Say which task a prompt belongs to, or none.",
     "evaluate": "Measure what keeping only a task's experts costs.",
 }
 """Verb -> its line in the help, written here so that the help imports no verb."""

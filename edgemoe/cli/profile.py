@@ -61,10 +61,11 @@ def command(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Learn which experts a task needs, from TEXT: files or folders of JSON lines or plain text, - for standard input.
+    """Learn from text which experts a task needs.
 
-    Each line of a .jsonl file is an object with "text", "prompt" (or "question") and "answer", or "messages"; any
-    other file is one document. Some tens of documents are enough. The same command goes on where it was stopped.
+    TEXT is files and folders of JSON lines or plain text, or - for standard input. Each line of a .jsonl file is an
+    object with "text", "prompt" (or "question") and "answer", or "messages"; any other file is one document. Some tens
+    of documents are enough. The same command goes on where it was stopped.
     """
     import edgemoe.score_kernels  # noqa: F401  (before the plan, which counts what this process holds)
     from edgemoe.cli import task_ui, ui

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @click.group("tasks")
 def command() -> None:
-    """Look after the tasks that `edgemoe profile` made of a model."""
+    """Look after the tasks of a model.
+
+    `edgemoe profile` makes them; each is a file of its own.
+    """
 
 
 def _store(model: Path, folder: Path | None) -> PatternStore:
