@@ -208,7 +208,8 @@ class Llama(PlainLlama):
         if self.task_mode is None:
             raise BackendError('the model knows no tasks; open it with experts="auto" or "task"')
         layers = () if first else self.tap.running_layers
-        heard = self._hear(tokens[: self._n_ctx], 0, layers or self.index.moe_layers[:1], cut=True)
+        layers = layers or self.index.moe_layers[:1]
+        heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, cut=True)
         self._rewind(0)
         return self.task_mode.match_of(heard)
 
@@ -217,7 +218,7 @@ class Llama(PlainLlama):
 
         The first router alone is asked, before any expert is read: it goes by words, whatever was spoken of before. A
         conversation's first prompt is then evaluated, and all routers, which are surer where there is no before, may
-        correct the choice.
+        correct the choice. A recurrent state cannot go back from a later prompt: there the answer alone is the task's.
         """
         start = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), tokens)
         if start == len(tokens) == self.n_tokens or len(tokens) > self._n_ctx:
@@ -227,22 +228,30 @@ class Llama(PlainLlama):
         cuttable = not (self._is_recurrent or self._is_hybrid)
         if start < self.n_tokens and not cuttable:
             start = 0
-        if cuttable or start == 0:
-            mode.consider(self._hear(tokens, start, self.index.moe_layers[:1], said, cut=True))
+        go_back = cuttable or start == 0
+        mode.consider(self._hear(mode, tokens, start, self.index.moe_layers[:1], said, cut=go_back))
+        if go_back:
             self._rewind(start)
         if start > 0 or not self.tap.running_layers:
             return
-        heard = self._hear(tokens, start, self.tap.running_layers, said)
+        heard = self._hear(mode, tokens, start, self.tap.running_layers, said)
         if mode.consider(heard) and mode.mode == "task":
             # What was computed belongs to other experts.
             self._rewind(start)
 
     def _hear(
-        self, tokens: Sequence[int], start: int, layers: Sequence[int], said: str = "", *, cut: bool = False
+        self,
+        mode: TaskMode,
+        tokens: Sequence[int],
+        start: int,
+        layers: Sequence[int],
+        said: str = "",
+        *,
+        cut: bool = False,
     ) -> RoutedShares:
         """Evaluate the tokens from `start` on, counting where these layers route those of what was said, or all."""
         asked = self.tokenize(said.encode("utf-8"), add_bos=False, special=True) if said else []
-        heard = RoutedShares(layers, self.index, _place_of(asked, tokens[start:]))
+        heard = RoutedShares(layers, self.index.n_expert, mode.k_a, _place_of(asked, tokens[start:]))
         self._rewind(start)
         with self.tap.watch(heard.add, layers, cut=cut):
             self.eval(tokens[start:])

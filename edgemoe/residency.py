@@ -54,7 +54,7 @@ class Residency:
         return self._hold(chosen, chosen)
 
     def prefer(self, warm: ExpertSet, kept: ExpertSet) -> Switch:
-        """Allow every expert, but have `warm` in memory now, and `kept`, a part of it, leave last.
+        """Allow every expert, but have `warm` in memory now, and `kept`, the best of them, leave last.
 
         Raises
         ------

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.index import ExpertIndex
 from edgemoe.trace import RoutedTokens, RouterTrace, top_k
 
 __all__ = ["RoutedShares", "routed_shares"]
@@ -20,8 +19,10 @@ class RoutedShares:
     ----------
     layers : sequence of int
         MoE layers that are heard.
-    index : ExpertIndex
-        The model.
+    n_expert : int
+        Experts of a layer: N.
+    k_a : int
+        Logits of a token that count, as many as in the texts it is compared with.
     counted : slice, optional
         Which tokens of the text count; all by default.
 
@@ -31,13 +32,13 @@ class RoutedShares:
         Tokens counted so far.
     """
 
-    def __init__(self, layers: Sequence[int], index: ExpertIndex, counted: slice | None = None) -> None:
+    def __init__(self, layers: Sequence[int], n_expert: int, k_a: int, counted: slice | None = None) -> None:
         self.layers = tuple(layers)
         self.n_token = 0
         self._counted = counted
         self._n_heard = 0
-        self._k_a = max(index.n_expert_used)
-        self._sums = np.zeros((len(self.layers), index.n_expert))
+        self._k_a = k_a
+        self._sums = np.zeros((len(self.layers), n_expert))
 
     def add(self, trace: RouterTrace) -> None:
         """Add a batch; layer by layer, which takes little memory."""

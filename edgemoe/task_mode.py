@@ -114,6 +114,11 @@ class TaskMode:
         return None if self._keep is None else self._keep.k
 
     @property
+    def k_a(self) -> int:
+        """Logits of a token that its shares are made of: those of the tasks' documents, also where `k` is lower."""
+        return max(max(pattern.fingerprint.n_expert_used) for pattern in self._patterns.values())
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Tasks that may be active."""
         return tuple(self._patterns)
@@ -259,7 +264,8 @@ def open_tasks(
     if experts == "all":
         given = [f"--{name} {value}" for name, value in (("keep", keep), ("task", task)) if value is not None]
         if given:
-            raise BudgetError(f"{' and '.join(given)} say nothing with --experts all; give --experts task or auto")
+            verb = "says" if len(given) == 1 else "say"
+            raise BudgetError(f"{' and '.join(given)} {verb} nothing with --experts all; give --experts task or auto")
         return None
     if experts == "auto" and keep is not None:
         raise BudgetError(f"--keep {keep} limits the experts, which --experts auto does not; give --experts task")

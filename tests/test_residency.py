@@ -44,7 +44,7 @@ def of(*kept: list[int]) -> ExpertSet:
 
 
 def spread(first: int, n: int) -> ExpertSet:
-    """Of each layer n experts that lie around, other ones for another `first`; those of `first` + 1 overlap in n - 1."""
+    """Of each layer n experts in a row; those of the next `first` have all but one in common."""
     return of(*(sorted((first + layer + i) % N_EXPERT for i in range(n)) for layer in LAYERS))
 
 

@@ -1,0 +1,478 @@
+"""Tasks of a model: what they may hold, when they change, and what the model then computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_llama import PLAN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_llama import TINY_MOE, arena_share, greedy, logits, plain_llama
+from test_cli_tasks import TASKS, text_of
+from tiny_models import write_tiny_model
+from tiny_patterns import random_documents, tiny_model, tiny_pattern
+
+from edgemoe.allocation import ExpertBudget, by_mass, mass_share, measured, uniform
+from edgemoe.backend import Llama
+from edgemoe.chat import ChatSession, Sampling
+from edgemoe.documents import Document
+from edgemoe.errors import BackendError, BudgetError, PatternError, PromptError
+from edgemoe.evidence import Source
+from edgemoe.expert_set import ExpertLayers, ExpertSet, everything
+from edgemoe.fingerprint import fingerprint
+from edgemoe.index import read_index
+from edgemoe.keep import Keep
+from edgemoe.loss_curves import LossCurves
+from edgemoe.matcher import Match
+from edgemoe.memory import Budget
+from edgemoe.pattern import Pattern, make_pattern
+from edgemoe.patterns import PatternStore
+from edgemoe.plan import ExpertPlan, expert_pages
+from edgemoe.profiling import Spool, pieces_of, record, scores_of, shares_of
+from edgemoe.residency import Switch
+from edgemoe.task_mode import FEWEST_TOKENS, WARM_SHARE, TaskMode, choose, open_tasks
+from edgemoe.trace import RouterTrace
+
+MODEL = tiny_model()  # layers 1 to 3 of 8 experts, two per token
+LAYERS = ExpertLayers(MODEL.layers, 8, (2,) * 3, (100,) * 3)
+WHOLE = 3 * 8 * 100
+PEU = np.abs(np.random.default_rng(4).standard_normal((3, 8), dtype=np.float32))
+
+
+def pattern(task: str, *, curves: bool = False, scores: np.ndarray = PEU) -> Pattern:
+    made = tiny_pattern(task, MODEL, scores={"peu": scores}, measured=False)
+    loss = np.array([[0.9, 0.4, 0.0], [0.2, 0.1, 0.0], [0.3, 0.3, 0.0]])
+    return replace(made, sensitivity=LossCurves((2, 4, 8), loss)) if curves else made
+
+
+def plan(arena_bytes: int) -> ExpertPlan:
+    return replace(
+        PLAN,
+        budget=Budget(1000 << 20, "--ram 1000MiB"),
+        arena_bytes=arena_bytes,
+        resident_share=min(1.0, arena_bytes / WHOLE),
+    )
+
+
+class Recorded:
+    """A residency that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def restrict(self, chosen: ExpertSet) -> Switch:
+        self.asked.append(chosen)
+        return Switch(7, 0.1)
+
+    def prefer(self, warm: ExpertSet, kept: ExpertSet) -> Switch:
+        self.asked.append((warm, kept))
+        return Switch(7, 0.1)
+
+    def allow_all(self) -> None:
+        self.asked.append(None)
+
+
+def opened(mode: str = "task", arena: int = 1400, keep: str | None = None, *patterns: Pattern) -> tuple[Any, Any]:
+    """A mode with a plan, and what it asks of the residency."""
+    residency: Any = Recorded()
+    known = patterns or (pattern("maths"), pattern("law"))
+    found = TaskMode(mode, known, LAYERS, (1, 2), None if keep is None else Keep.parse(keep))
+    found.attach(residency, plan(arena))
+    return found, residency.asked
+
+
+# ---------------------------------------------------------------- what is chosen
+
+
+def test_the_budget_goes_where_cutting_costs_least() -> None:
+    budget = ExpertBudget(per_layer=4)
+    plain, known = pattern("maths"), pattern("maths", curves=True)
+    signed = pattern("maths", scores=PEU - np.float32(1))
+    assert known.sensitivity is not None
+    assert choose(known, LAYERS, budget) == measured(known.rank_scores, LAYERS, budget, known.sensitivity)
+    assert choose(plain, LAYERS, budget) == by_mass(PEU, LAYERS, budget)
+    assert choose(signed, LAYERS, budget) == uniform(signed.rank_scores, LAYERS, budget)
+    assert len({choose(one, LAYERS, budget).sizes for one in (plain, known, signed)}) == 3
+
+
+@pytest.mark.parametrize("arena", [600, 1400, 2300])
+def test_a_task_takes_what_the_arena_holds(arena: int) -> None:
+    mode, _ = opened("task", arena)
+    assert mode.experts_of("maths").n_bytes(LAYERS.expert_bytes) == arena
+    assert mode.experts_of("maths") == choose(pattern("maths"), LAYERS, ExpertBudget(n_bytes=arena))
+
+
+def test_a_task_keeps_every_expert_where_all_fit() -> None:
+    assert opened("task", WHOLE)[0].experts_of("maths") == everything(LAYERS)
+
+
+def test_the_experts_asked_for_are_a_mean_over_layers() -> None:
+    mode, _ = opened("task", 1400, "4")
+    assert mode.k is None and mode.experts_of("law").n_kept == 3 * 4
+    assert opened("task", 1400, "1/4")[0].k == 1
+
+
+def test_more_experts_than_the_arena_holds_are_refused_at_once() -> None:
+    with pytest.raises(
+        BudgetError,
+        match=r"^--keep 5 takes 1\.46 KiB of experts, but --ram 1000MiB leaves 1\.37 KiB; give --ram 1001MiB, or keep",
+    ) as refused:
+        opened("task", 1400, "5")
+    assert refused.value.needed == (1000 << 20) + 100
+    assert opened("task", WHOLE, "8")[0].experts_of("law") == everything(LAYERS)
+
+
+def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
+    with pytest.raises(BudgetError, match="a token activates 2 experts") as refused:
+        opened("task", 500)
+    assert refused.value.needed == 600
+    opened("task", 600)
+
+
+@settings(deadline=None, max_examples=25)  # each fits matchers, the first imports scikit-learn
+@given(
+    seed=st.integers(0, 50),
+    sharp=st.sampled_from([0.2, 1.0, 6.0]),
+    arena=st.integers(600, WHOLE),
+    curves=st.booleans(),
+)
+def test_what_is_read_ahead_stays_within_the_arena_and_leaves_out_what_is_hardly_used(
+    seed: int, sharp: float, arena: int, curves: bool
+) -> None:
+    mass = (np.random.default_rng(seed).random((3, 8)) ** sharp).astype(np.float32)
+    mode, asked = opened("auto", arena, None, pattern("maths", scores=mass, curves=curves))
+    mode.pin("maths")
+    ((warm, kept),) = asked
+    assert warm == mode.active_set
+    most = max(600, min(arena, mass_share(mass, LAYERS, WARM_SHARE).n_bytes(LAYERS.expert_bytes)))
+    assert warm.n_bytes(LAYERS.expert_bytes) <= most
+    assert kept.n_bytes(LAYERS.expert_bytes) <= max(600, arena / 2 + 1)
+    for chosen in (warm, kept):
+        assert all(size >= k for size, k in zip(chosen.sizes, LAYERS.floor, strict=True))
+    if not curves:
+        assert kept.missing_from(warm) == ()
+
+
+# ---------------------------------------------------------------- when it changes
+
+
+def heard(n_token: int = 64, layers: tuple[int, ...] = (1,)) -> Any:
+    return SimpleNamespace(n_token=n_token, layers=layers)
+
+
+def match(task: str | None, distances: Mapping[str, float], short: bool = False) -> Match:
+    first, second = sorted(distances, key=distances.__getitem__)[:2]
+    return Match(task, first, distances[first], second, distances[second], 0.0, 1.0, 64, short, distances)
+
+
+def say(mode: TaskMode, monkeypatch: pytest.MonkeyPatch, found: Match, n_token: int = 64) -> bool:
+    monkeypatch.setattr(mode, "match_of", lambda _: found)
+    return mode.consider(heard(n_token))
+
+
+MATHS, LAW = match("maths", {"maths": 1.0, "law": 3.0}), match("law", {"maths": 3.0, "law": 1.0})
+HARDLY_LAW, NONE = match("law", {"maths": 1.0, "law": 0.9}), match(None, {"maths": 3.0, "law": 5.0})
+
+
+def test_a_conversation_changes_its_task_with_hysteresis(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, asked = opened()
+    assert mode.active is None and mode.active_set is None and mode.match is None and mode.switch is None
+    assert say(mode, monkeypatch, MATHS) and mode.active == "maths"
+    assert mode.switch == Switch(7, 0.1) and mode.match is MATHS
+    assert asked == [mode.experts_of("maths")] == [mode.active_set]
+    for same in (MATHS, HARDLY_LAW):  # not nearer by the margin
+        assert not say(mode, monkeypatch, same)
+        assert (mode.active, mode.match) == ("maths", same)
+    assert not say(mode, monkeypatch, LAW, FEWEST_TOKENS - 1), "a few words do not question a task"
+    assert mode.match is HARDLY_LAW
+    assert say(mode, monkeypatch, LAW, FEWEST_TOKENS) and mode.active == "law"
+    assert asked == [mode.experts_of("maths"), mode.experts_of("law")]
+
+
+def test_a_text_of_no_task_has_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, asked = opened()
+    assert not say(mode, monkeypatch, NONE) and asked == []
+    say(mode, monkeypatch, MATHS)
+    assert say(mode, monkeypatch, NONE)
+    assert (mode.active, mode.active_set, mode.switch) == (None, None, None)
+    assert asked == [mode.experts_of("maths"), None]
+    assert say(mode, monkeypatch, LAW, 1) and mode.active == "law", "without a task the first words decide"
+
+
+def test_a_first_prompt_may_be_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, _ = opened()
+    assert say(mode, monkeypatch, MATHS, 1) and mode.active == "maths"
+
+
+def test_pinning_and_releasing() -> None:
+    mode, asked = opened()
+    mode.pin("law")
+    assert (mode.active, mode.pinned) == ("law", True)
+    mode.pin(None)
+    assert (mode.active, mode.pinned) == (None, True)
+    mode.release()
+    assert (mode.active, mode.pinned) == (None, False)
+    assert asked == [mode.experts_of("law"), None]
+    for ask in (mode.pin, mode.pattern, mode.experts_of):
+        with pytest.raises(PatternError, match=r"^there is no task 'physics'; known are maths, law$"):
+            ask("physics")
+    assert (mode.active, mode.pinned) == (None, False)
+
+
+def test_one_layer_is_matched_by_the_first_and_several_by_all_that_run() -> None:
+    shares = random_documents(MODEL, 1).shares
+    mode, _ = opened()
+    for layers in ((1,), (1, 2)):
+        place = slice(0, len(layers))
+        found = mode.match_of(SimpleNamespace(layers=layers, n_token=9, shares=lambda p=place: shares[0, p]))
+        assert found.n_tokens == 9 and set(found.distances) == {"maths", "law"}
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (path,) = write_tiny_model(tmp_path_factory.mktemp("task_mode") / "tiny.gguf", "qwen3moe")
+    return path
+
+
+def stored(path: Path, folder: Path, *tasks: str) -> Path:
+    model = fingerprint(read_index(path))
+    store = PatternStore(model, folder)
+    for number, task in enumerate(tasks or ("maths", "law")):
+        mass = np.random.default_rng(number).random((len(model.layers), model.n_expert), dtype=np.float32)
+        store.save(tiny_pattern(task, model, scores={"peu": mass}, measured=False, seed=number))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("experts", "keep", "task", "said"),
+    [
+        ("some", None, None, r"^--experts some is unknown; give all, task or auto$"),
+        ("all", "8", None, r"^--keep 8 says nothing with --experts all; give --experts task or auto$"),
+        ("all", "8", "law", r"^--keep 8 and --task law say nothing with --experts all"),
+        ("auto", "8", None, r"^--keep 8 limits the experts, which --experts auto does not; give --experts task$"),
+        ("task", "3", None, r"^--keep 3 cannot be: tiny qwen3moe has 16 experts in a layer and needs at least 4"),
+        ("task", "17", None, r"^--keep 17 cannot be: tiny qwen3moe has 16 experts"),
+        ("task", "2/1", None, r"^2/1 activates more experts than it keeps"),
+        ("task", "5/8", None, r"^5 active experts were asked of a model that uses 4; give k/M with a k from 1 to 4$"),
+        ("task", "few", None, r"is no number of experts to keep"),
+    ],
+)
+def test_options_that_contradict(
+    tiny: Path, tmp_path: Path, experts: str, keep: str | None, task: str | None, said: str
+) -> None:
+    with pytest.raises(BudgetError, match=said):
+        open_tasks(read_index(tiny), experts, keep, task, stored(tiny, tmp_path))
+
+
+def test_fewer_active_experts_need_fewer_kept(tiny: Path, tmp_path: Path) -> None:
+    mode = open_tasks(read_index(tiny), "task", "2/3", None, stored(tiny, tmp_path))
+    assert mode is not None and (mode.k, mode.k_a) == (2, 4)
+
+
+def test_tasks_that_are_not_there(tiny: Path, tmp_path: Path) -> None:
+    index = read_index(tiny)
+    assert open_tasks(index, "all", None, None, tmp_path) is None
+    with pytest.raises(PatternError, match=r"^there is no task for tiny qwen3moe in .*; run edgemoe profile first$"):
+        open_tasks(index, "auto", None, None, tmp_path)
+    (tmp_path / "bad.pattern").write_bytes(b"?")
+    with pytest.raises(PatternError, match=r"there is no task for .*bad\.pattern is damaged .*; run edgemoe profile"):
+        open_tasks(index, "auto", None, None, tmp_path)
+    stored(tiny, tmp_path)
+    with pytest.raises(PatternError, match=r"did you mean maths\?"):
+        open_tasks(index, "auto", None, "mats", tmp_path)
+    found = open_tasks(index, "auto", None, "maths", tmp_path)
+    assert found is not None and found.names == ("law", "maths"), "a damaged file hides no other"
+
+
+def test_another_models_tasks_are_none_and_another_quantizations_are_welcome(tiny: Path, tmp_path: Path) -> None:
+    (stranger,) = write_tiny_model(tmp_path / "stranger.gguf", "qwen3moe", seed=1)
+    (small,) = write_tiny_model(tmp_path / "small.gguf", "qwen3moe", expert_type="q8_0")
+    folder = stored(tiny, tmp_path / "tasks")
+    with pytest.raises(PatternError, match=r"whose experts are not those of .*; run edgemoe profile first"):
+        open_tasks(read_index(stranger), "auto", None, None, folder)
+    found = open_tasks(read_index(small), "auto", None, None, folder)
+    assert found is not None and found.names == ("law", "maths")
+
+
+# ---------------------------------------------------------------- what the model computes
+
+SETTINGS = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tasks of the trained model, of 12 documents each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    with Llama(str(TINY_MOE), ram="4GiB", n_ctx=128, n_threads=1, n_threads_batch=1, logits_all=True) as llama:
+        store = PatternStore(fingerprint(llama.index), folder)
+        for number, (task, texts) in enumerate(TASKS.items()):
+            documents = [Document(task, text) for text in texts[:12]]
+            pieces = [piece for document in documents for piece in pieces_of(llama, document, 0)]
+            spool = Spool(folder / f".{task}")
+            for piece in pieces:
+                spool.add(piece, record(llama, piece, outputs=False))
+                spool.take(piece)
+            shares = shares_of(spool, [piece.n_prompt for piece in pieces])
+            source = Source(task, f"{number:064x}", 12, 1000, False, False)
+            store.save(make_pattern(task, store.model, "peu", scores_of(spool), source, shares))
+            spool.remove()
+    return folder
+
+
+@contextmanager
+def served(
+    tasks: Path, experts: str, share: float = 1.0, path: Path = TINY_MOE, **changes: Any
+) -> Iterator[tuple[Llama, TaskMode]]:
+    with arena_share(share), Llama(str(path), experts=experts, tasks=tasks, **{**SETTINGS, **changes}) as llama:
+        assert llama.task_mode is not None
+        yield llama, llama.task_mode
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.1])
+def test_soft_is_the_full_model_bit_for_bit(tasks: Path, share: float) -> None:
+    """RT-5: whatever task is warm, and however little fits."""
+    with served(tasks, "auto", share) as (llama, mode):
+        prompt = llama.tokenize(text_of("maths", 1).encode())[:60]
+        plain = plain_llama(TINY_MOE, **{**SETTINGS, "n_ubatch": llama.plan.n_ubatch})
+        answer = greedy(plain, prompt, 12)
+        expected = logits(plain, prompt, answer)
+        plain.close()
+        for task in ("maths", "german", None):
+            mode.pin(task)
+            np.testing.assert_array_equal(logits(llama, prompt, answer), expected)
+        stats = llama.store.stats()
+        assert stats.peak_bytes <= stats.arena_bytes
+        assert (stats.evictions > 0) is (share < 1.0)
+
+
+def test_a_hard_set_is_never_missed_and_a_switch_reads_the_difference(tasks: Path) -> None:
+    with served(tasks, "task", 0.45) as (llama, mode):
+        index = llama.index
+        mode.pin("maths")
+        first, second = mode.experts_of("maths"), mode.experts_of("german")
+        for chosen in (first, second):
+            assert chosen.n_bytes(expert_pages(index)) <= llama.plan.arena_bytes
+            assert chosen.n_bytes(expert_pages(index)) > 0.97 * llama.plan.arena_bytes
+        mode.pin("german")
+        assert mode.switch is not None
+        sizes = dict(zip(first.layers, ExpertLayers.of(index).expert_bytes, strict=True))
+        pages = dict(zip(first.layers, expert_pages(index), strict=True))
+        missing = second.missing_from(first)
+        assert 0 < len(missing) < second.n_kept
+        # Pages that a neighbour shares are there already, so a little less than all pages of an expert.
+        assert 0.8 * sum(sizes[layer] for layer, _ in missing) < mode.switch.bytes_read
+        assert mode.switch.bytes_read <= sum(pages[layer] for layer, _ in missing)
+        before = llama.store.stats()
+        llama.create_completion(text_of("german", 1), max_tokens=12, temperature=0.0)
+        after = llama.store.stats()
+        assert (after.misses, after.bytes_read) == (0, before.bytes_read)
+
+
+def test_a_lower_k_activates_fewer_and_matches_as_before(tasks: Path) -> None:
+    """TAER-2: the query is made as the stored vectors were, whatever the pruned model activates."""
+    found = {}
+    for keep in ("2/12", "12"):
+        with served(tasks, "task", keep=keep, logits_all=True) as (llama, mode):
+            found[keep] = llama.match(llama.tokenize(text_of("german", 1).encode()), first=True)
+            mode.pin("german")
+            traces: list[RouterTrace] = []
+            with llama.tap.watch(traces.append, outputs=True):
+                llama.eval(list(range(20, 40)))
+            assert traces[0].outputs is not None
+            assert traces[0].outputs.ids.shape == (8, 20, 2 if keep == "2/12" else 4)
+    assert found["2/12"] == found["12"]
+    assert found["12"].nearest == "german"
+
+
+def test_a_pinned_task_is_not_asked(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(tasks, "auto", task="python") as (llama, mode):
+        assert (mode.active, mode.pinned) == ("python", True)
+        monkeypatch.setattr(mode, "consider", lambda _: pytest.fail("asked"))
+        llama.create_completion(text_of("german", 1), max_tokens=2)
+        assert mode.active == "python" and mode.match is None
+        monkeypatch.undo()
+        mode.release()
+        llama.create_completion(text_of("german", 2), max_tokens=2)
+        assert mode.active == "german"
+
+
+def test_a_task_changes_before_an_answer_and_never_within(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(tasks, "task", keep="12") as (llama, mode):
+        asked: list[int] = []
+        consider = mode.consider
+        monkeypatch.setattr(mode, "consider", lambda heard: asked.append(llama.n_tokens) or consider(heard))
+        pieces = llama.create_completion(text_of("german", 1), max_tokens=12, temperature=0.0, stream=True)
+        assert asked == []
+        next(pieces)
+        assert len(asked) == 2 and mode.active == "german", "the first router, then all of them"
+        active = [mode.active for _ in pieces]
+        assert len(active) > 4 and set(active) == {"german"} and len(asked) == 2
+        tokens = llama.tokenize(text_of("maths", 1).encode())
+        next(llama.generate(tokens, reset=False))
+        assert len(asked) == 2 and mode.active == "german", "text that goes on belongs to the same answer"
+
+
+def test_prompts_longer_than_the_context(tasks: Path) -> None:
+    with served(tasks, "auto", n_ctx=64, n_batch=64) as (llama, mode):
+        long = " ".join(TASKS["maths"])
+        tokens = llama.tokenize(long.encode())
+        assert len(tokens) > 2 * llama.n_ctx()
+        found = llama.match(tokens)
+        assert (found.nearest, found.n_tokens) == ("maths", 64), "what the context holds is matched"
+        with pytest.raises(PromptError, match=r"the prompt has \d+ tokens, but the context holds 64"):
+            ChatSession(llama, Sampling(8, 0.0, 1)).ask(long)
+        with pytest.raises(ValueError, match="exceed context window"):
+            llama.create_completion(long, max_tokens=4)
+        assert mode.active is None and mode.match is None
+        assert llama.create_completion(text_of("maths", 1)[:60], max_tokens=2)["choices"]
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "granitehybrid", "gpt-oss", "deepseek2"])
+def test_a_conversation_with_soft_tasks_says_what_it_says_without(name: str, tmp_path: Path) -> None:
+    """Matching evaluates prompts early, cuts graphs and goes back; recurrent states cannot go back."""
+    (path,) = write_tiny_model(tmp_path / f"{name}.gguf", name)
+    folder = stored(path, tmp_path / "tasks")
+    questions = ("What is a river, and where does it end?", "And how long is the longest one of all?", "Why?")
+
+    def talk(llama: Llama) -> list[str]:
+        session = ChatSession(llama, Sampling(6, 0.0, 1))
+        return [session.ask(question).drain() for question in questions]
+
+    with arena_share(1.0), Llama(str(path), **SETTINGS) as llama:
+        expected = talk(llama)
+    with served(folder, "auto", path=path) as (llama, mode):
+        assert talk(llama) == expected
+        assert mode.match is not None
+
+
+def test_a_recurrent_model_is_asked_on_every_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = write_tiny_model(tmp_path / "hybrid.gguf", "granitehybrid")
+    with served(stored(path, tmp_path / "tasks"), "auto", path=path) as (llama, mode):
+        heard_tokens: list[int] = []
+        monkeypatch.setattr(mode, "consider", lambda heard: bool(heard_tokens.append(heard.n_token)))
+        tokens = list(range(20, 60))
+        for token in llama.generate(tokens, temp=0.0):
+            answer = [token]
+            break
+        before = len(heard_tokens)
+        more = [*llama.input_ids[: llama.n_tokens].tolist(), *answer, *range(70, 90)]
+        next(llama.generate(more, temp=0.0))
+        assert heard_tokens[before:] == [21]
+
+
+def test_a_model_without_tasks_matches_nothing(tiny: Path) -> None:
+    with (
+        Llama(str(tiny), ram="4GiB", **SETTINGS) as llama,
+        pytest.raises(BackendError, match='open it with experts="auto" or "task"'),
+    ):
+        llama.match([5, 6])
