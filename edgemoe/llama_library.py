@@ -11,6 +11,10 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from edgemoe.errors import BackendError
 from edgemoe.interrupts import held_interrupts
@@ -46,7 +50,16 @@ from llama_cpp import Llama as PlainLlama  # noqa: E402
 from llama_cpp import _internals, _logger  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402, N812
 
-__all__ = ["LLAMA_CPP_PYTHON", "C", "PlainLlama", "in_llama_cpp", "internals", "require_version", "symbols"]
+__all__ = [
+    "LLAMA_CPP_PYTHON",
+    "C",
+    "PlainLlama",
+    "in_llama_cpp",
+    "internals",
+    "quantize_rows",
+    "require_version",
+    "symbols",
+]
 
 internals = _internals
 """llama_cpp's own wrappers of a model and a context."""
@@ -78,6 +91,39 @@ def symbols() -> dict[str, int]:
             f"the libllama of llama-cpp-python {LLAMA_CPP_PYTHON} lacks a function ({error}); reinstall it with:"
             f" pip install --force-reinstall llama-cpp-python=={LLAMA_CPP_PYTHON}"
         ) from error
+
+
+@lru_cache(maxsize=1)
+def _quantize_chunk() -> Any:
+    from llama_cpp._ggml import libggml
+
+    function = libggml.ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    return function
+
+
+def quantize_rows(ggml_type: int, rows: npt.NDArray[np.float32], row_bytes: int) -> npt.NDArray[np.uint8]:
+    """Quantize weights with llama.cpp's own quantizer (`ggml_quantize_chunk`); threads may do so at once.
+
+    Parameters
+    ----------
+    ggml_type : int
+        A type that needs no importance matrix and whose blocks fit the rows.
+    rows : float32 [n_rows, n_weights]
+        Contiguous.
+    row_bytes : int
+        Size of a row of that type.
+
+    Returns
+    -------
+    uint8 [n_rows, row_bytes]
+    """
+    n_rows, n_weights = rows.shape
+    packed = np.empty((n_rows, row_bytes), np.uint8)
+    written = _quantize_chunk()(ggml_type, rows.ctypes.data, packed.ctypes.data, 0, n_rows, n_weights, None)
+    assert written == packed.nbytes and rows.flags.c_contiguous, f"ggml wrote {written} of {packed.nbytes} bytes"
+    return packed
 
 
 class _Listener:

@@ -1,0 +1,99 @@
+"""Tiny checkpoints of all families with random weights, made and saved by `transformers`, and its answers.
+
+The tokenizer is byte-level: 256 bytes and a few control tokens. `transformers` is needed for tests only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+N_VOCAB = 264
+N_CTX = 256
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": N_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": N_CTX, "bos_token_id": 256, "eos_token_id": 257,
+    "pad_token_id": 258, "tie_word_embeddings": False,
+}  # fmt: skip
+
+# Family -> (model_type, what its config says beyond _COMMON).
+CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "qwen3moe": ("qwen3_moe", {"head_dim": 32, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3,
+                               "norm_topk_prob": True}),
+}  # fmt: skip
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """A tiny config of a family, as transformers' own class."""
+    from transformers import AutoConfig
+
+    model_type, own = CONFIGS[family]
+    return AutoConfig.for_model(model_type, **{**_COMMON, **own, **changes})
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """A model whose weights fit float16: matrices keep the size of their input, norms are near 1, biases small."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weights in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(weights.shape)
+            if "norm" in name and name.endswith("weight"):
+                noise = 1 + 0.1 * noise
+            elif weights.ndim < 2 or "bias" in name or "sinks" in name:
+                noise = 0.1 * noise
+            elif "embed_tokens" in name:
+                noise = 1.5 * noise
+            else:
+                noise = 1.5 * noise / weights.shape[-1] ** 0.5
+            if "inv_freq" not in name:
+                weights.copy_(noise.half().float())
+    return model
+
+
+def save_checkpoint(model: Any, folder: Path, **options: Any) -> Path:
+    """Save weights, config and a byte-level tokenizer."""
+    model.save_pretrained(folder, **options)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the files of a byte-level tokenizer of `N_VOCAB` tokens."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(c) for c in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    control = ["<|begin|>", "<|end|>", "<|pad|>", *(f"<|control{i}|>" for i in range(N_VOCAB - 259))]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 256 + i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False}
+            for i, token in enumerate(control)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": []},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>",
+                "pad_token": "<|pad|>", "add_bos_token": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def torch_logits(model: Any, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Logits of transformers after each token, [len(tokens), n_vocab]."""
+    import torch
+
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor([list(tokens)])).logits[0].numpy(), dtype=np.float32)
