@@ -117,6 +117,8 @@ class GGUFHeader:
         ``general.alignment``, in bytes.
     file_size : int
         Size of the file when it was read, in bytes.
+    value_ranges : dict
+        Key to where its value lies in the file, type included: start and end in bytes.
     """
 
     path: Path
@@ -126,6 +128,7 @@ class GGUFHeader:
     data_offset: int
     alignment: int
     file_size: int
+    value_ranges: dict[str, tuple[int, int]]
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
@@ -216,13 +219,13 @@ class _Reader(FileWindow):
                 self.fail(f"claims {count} {what}, expected at most {limit}", DAMAGED)
             if count * smallest > self.size:
                 self.fail(f"claims {count} {what}, which its {self.size} bytes cannot hold", CUT_SHORT)
-        metadata = self._metadata(n_keys)
+        metadata, ranges = self._metadata(n_keys)
         alignment = self._alignment(metadata)
         raw = self._tensor_infos(n_tensors)
         end = self.position
         data_offset = end + -end % alignment if raw else end
         tensors = self._place(raw, data_offset, alignment)
-        return GGUFHeader(self.path, version, metadata, tensors, data_offset, alignment, self.size)
+        return GGUFHeader(self.path, version, metadata, tensors, data_offset, alignment, self.size, ranges)
 
     def _version(self) -> int:
         if self.size == 0:
@@ -248,16 +251,19 @@ class _Reader(FileWindow):
             self.fail(f"says it is GGUF version {version}, expected 2 or 3", "download or convert it again")
         return version
 
-    def _metadata(self, n_keys: int) -> dict[str, Value]:
+    def _metadata(self, n_keys: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]]]:
         metadata: dict[str, Value] = {}
+        ranges: dict[str, tuple[int, int]] = {}
         for number in range(n_keys):
             self.doing = f"metadata key {number + 1} of {n_keys}"
             key = self._name(_MAX_KEY_BYTES)
             if key in metadata:
                 self.fail(f"has the metadata key {show(key)} twice", DAMAGED)
             self.doing = f"the value of metadata key {show(key)}"
+            start = self.position
             metadata[key] = self._value(self.unpack(_U32))
-        return metadata
+            ranges[key] = start, self.position
+        return metadata, ranges
 
     def _name(self, limit: int) -> str:
         length = self.unpack(_U64)

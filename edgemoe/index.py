@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.errors import ModelFileError, NotMoEError
+from edgemoe.expert_offsets import EXPERT_NAME, check_offsets, has_offsets
 from edgemoe.ggml_types import type_blocks, type_name
 from edgemoe.gguf_header import GGUFHeader, TensorInfo, Value
 from edgemoe.hparams import HParams, read_architecture, read_hparams
@@ -20,7 +21,6 @@ from edgemoe.split_files import read_headers
 
 __all__ = ["ExpertIndex", "ExpertTensor", "Tensor", "describe", "read_index"]
 
-_EXPERT_NAME = re.compile(r"blk\.(0|[1-9]\d{0,3})\.ffn_(gate|up|down|gate_up)_exps\.weight", re.ASCII)
 _ONE_TENSOR_PER_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight", re.ASCII)
 _LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.", re.ASCII)
 # Of the layers that predict further tokens, llama.cpp skips everything, but for these architectures.
@@ -233,16 +233,18 @@ def read_index(path: str | os.PathLike[str]) -> ExpertIndex:
     first = headers[0]
     architecture = read_architecture(first)
     names = {tensor.name for header in headers for tensor in header.tensors}
-    if not any(map(_EXPERT_NAME.fullmatch, names)):
+    if not any(map(EXPERT_NAME.fullmatch, names)):
         _refuse_without_experts(first, architecture, names)
     hparams = read_hparams(first, architecture, names)
+    if has_offsets(first.metadata, len(headers)):
+        check_offsets(first, hparams.n_expert)
     tensors: list[Tensor] = []
     experts: list[ExpertTensor] = []
     skipped: list[str] = []
     for file, header in enumerate(headers):
         for info in header.tensors:
             layer = _LAYER_NAME.match(info.name)
-            expert = _EXPERT_NAME.fullmatch(info.name)
+            expert = EXPERT_NAME.fullmatch(info.name)
             if layer and _is_skipped(architecture, info.name, int(layer[1]), hparams):
                 skipped.append(info.name)
             elif expert:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -29,7 +29,7 @@ from edgemoe.evidence import (
 from edgemoe.fingerprint import ModelFingerprint
 from edgemoe.loss_curves import LossCurves
 
-__all__ = ["Pattern", "make_pattern", "merge"]
+__all__ = ["Pattern", "make_pattern", "merge", "renumbered"]
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.uint8 | np.uint16]
@@ -241,6 +241,40 @@ def merge(patterns: Sequence[Pattern], task: str) -> Pattern:
     sources = tuple(source for pattern in patterns for source in pattern.sources)
     return _ranked(
         task, first.fingerprint, first.criterion, scores, sources, DocumentShares.join([p.documents for p in patterns])
+    )
+
+
+def renumbered(pattern: Pattern, experts: npt.NDArray[np.integer], fingerprint: ModelFingerprint) -> Pattern:
+    """Give the pattern of a model whose experts were put in another order.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        Of the model as it was.
+    experts : int [L, N]
+        Former numbers of each layer's experts, in their new order.
+    fingerprint : ModelFingerprint
+        The model as it is now.
+
+    Raises
+    ------
+    PatternError
+        If a row is no permutation, or the model is of another size.
+    """
+    ids = experts.astype(np.intp)
+    complete = ids.shape == pattern.rankings.shape and bool((np.sort(ids, axis=1) == np.arange(pattern.n_expert)).all())
+    require(complete, "the new order does not name every expert of every layer once")
+    vector = pattern.vector[ids[0]]
+    rankings = np.take_along_axis(np.argsort(ids, axis=1), pattern.rankings.astype(np.intp), 1)
+    permutations = np.empty_like(pattern.permutations)
+    permutations[:, _descending(vector)] = rankings[1:]
+    return replace(
+        pattern,
+        fingerprint=fingerprint,
+        scores={name: np.take_along_axis(scores, ids, 1) for name, scores in pattern.scores.items()},
+        vector=vector,
+        permutations=permutations,
+        documents=replace(pattern.documents, shares=np.take_along_axis(pattern.documents.shares, ids[None], 2)),
     )
 
 

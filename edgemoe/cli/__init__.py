@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import Any
 
 import click
 
+from edgemoe.cli.verbs import Verbs
 from edgemoe.errors import EdgemoeError
 
 __all__ = ["main"]
@@ -21,27 +21,15 @@ VERBS = {
     "tasks": "Look after the tasks of a model.",
     "match": "Say which task a prompt belongs to, or none.",
     "evaluate": "Measure what keeping only a task's experts costs.",
+    "convert": "Make GGUF files that suit a purpose.",
 }
 """Verb -> its line in the help, written here so that the help imports no verb."""
 
 INTERRUPTED = 130
 
 
-class _Verbs(click.Group):
-    """A group that finds a verb's command in the module of the same name, and reports errors as one line."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = importlib.import_module(f"edgemoe.cli.{cmd_name}").command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+class _Command(Verbs):
+    """The verbs of edgemoe; errors are reported as one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -64,7 +52,7 @@ class _Verbs(click.Group):
         sys.exit(1)
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Command, verbs=VERBS, prefix="edgemoe.cli.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgemoe", message="%(prog)s %(version)s")
 def main() -> None:
     """Run Mixture-of-Experts GGUF models inside the RAM you give them.

@@ -64,6 +64,11 @@ STORE = click.option(
     help="Folder with this model's tasks.  [default: one for each model, in the user's data folder]",
 )
 
+OUTPUT = click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The file to write."
+)
+FORCE = click.option("--force", is_flag=True, help="Replace an existing output.")
+
 _SHARED = (
     RAM,
     CTX,

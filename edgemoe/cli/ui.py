@@ -288,18 +288,20 @@ def _is_text(character: str) -> bool:
 
 
 class Loading:
-    """The load progress bar, on standard error while a terminal is there.
+    """A progress bar of bytes, on standard error while a terminal is there.
 
     Parameters
     ----------
     shown : bool
         Whether to show anything at all.
+    what : str
+        What is going on.
     """
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, what: str = "loading dense weights") -> None:
         console = err()
         self._bar = Progress(
-            TextColumn("loading dense weights"),
+            TextColumn(what),
             BarColumn(),
             DownloadColumn(binary_units=True),
             console=console,
