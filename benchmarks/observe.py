@@ -4,13 +4,14 @@
 
 Every way evaluates the same prompt of random tokens, everything in memory, in turn in one process, with the same batch
 and threads. `plain` is llama.cpp; `edgemoe` the same through the store; `routers` and `outputs` are what `edgemoe
-profile` does with a piece of text, without and with what the experts give; `first` and `all` are what matching a prompt
-to stored tasks takes, by the first router alone and by all that see the whole prompt. Lines for people go to standard
-error, the last line of standard output is the result as JSON.
+profile` does with a piece of text, without and with what the experts give; `first` asks the first router alone which
+stored task the prompt is of, and `heard` is a prefill whose routers are all heard and matched at its end: a
+conversation begins with both. Lines for people go to standard error, the last line of standard output is JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -32,12 +33,13 @@ from edgemoe.index import read_index
 from edgemoe.pattern import make_pattern
 from edgemoe.patterns import PatternStore
 from edgemoe.profiling import Piece, Spool, record, scores_of, shares_of
+from edgemoe.routed_shares import RoutedShares
 
 N_TASKS, N_DOCUMENTS = 3, 8
 
 
 def piece_of(tokens: list[int]) -> Piece:
-    return Piece("0" * 32, tuple(tokens), 0, 0)
+    return Piece("0" * 32, tuple(tokens), slice(0, len(tokens)), 0)
 
 
 def make_tasks(llama: Llama, folder: Path) -> None:
@@ -46,35 +48,46 @@ def make_tasks(llama: Llama, folder: Path) -> None:
     random = np.random.default_rng(1)
     for task in range(N_TASKS):
         spool = Spool(folder / f".{task}")
-        for number in range(N_DOCUMENTS):
-            tokens = random.integers(0, llama.n_vocab(), 64).tolist()
-            piece = Piece(f"{number:032}", tuple(tokens), 0, 0)
+        pieces = [
+            Piece(f"{number:032}", tuple(random.integers(0, llama.n_vocab(), 64).tolist()), slice(0, 64), 0)
+            for number in range(N_DOCUMENTS)
+        ]
+        for piece in pieces:
             spool.add(piece, record(llama, piece))
             spool.take(piece)
-        scores, shares = scores_of(spool), shares_of(spool, [0] * N_DOCUMENTS)
+        scores, shares = scores_of(spool), shares_of(spool, pieces)
         source = Source(f"task{task}", f"{task:064}", N_DOCUMENTS, 64 * N_DOCUMENTS, False, False)
         store.save(make_pattern(f"task{task}", store.model, "peu", scores, source, shares))
         spool.remove()
 
 
 def measure(settings: Settings, n_tokens: int, rounds: int, folder: Path) -> dict[str, Any]:
-    with open_edgemoe(settings, logits_all=True) as profiler:
-        make_tasks(profiler, folder)
     tokens = np.random.default_rng(0).integers(0, read_index(Path(settings.model)).n_vocab, n_tokens).tolist()
 
     def fresh(llama: Any) -> None:
         llama.reset()
         llama.eval(tokens)
 
-    plain = open_plain(settings)
-    with open_edgemoe(settings, experts="auto", tasks=folder) as llama:
+    def heard(llama: Llama) -> None:
+        assert llama.task_mode is not None
+        layers = llama.tap.running_layers
+        shares = RoutedShares(layers, llama.index.n_expert, llama.task_mode.k_a)
+        with llama.tap.watch(shares.add, layers):
+            fresh(llama)
+        llama.task_mode.match_of(shares)
+
+    with contextlib.ExitStack() as stack:
+        profiler = stack.enter_context(open_edgemoe(settings, logits_all=True))
+        make_tasks(profiler, folder)
+        llama = stack.enter_context(open_edgemoe(settings, experts="auto", tasks=folder))
+        plain = stack.enter_context(contextlib.closing(open_plain(settings)))
         ways: dict[str, Callable[[], object]] = {
             "plain": lambda: fresh(plain),
             "edgemoe": lambda: fresh(llama),
-            "routers": lambda: record(llama, piece_of(tokens), outputs=False),
-            "outputs": lambda: record(llama, piece_of(tokens)),
+            "routers": lambda: record(profiler, piece_of(tokens), outputs=False),
+            "outputs": lambda: record(profiler, piece_of(tokens)),
             "first": lambda: llama.match(tokens, first=True),
-            "all": lambda: llama.match(tokens),
+            "heard": lambda: heard(llama),
         }
         for way in ways.values():
             way()  # reads the experts, compiles
@@ -84,7 +97,6 @@ def measure(settings: Settings, n_tokens: int, rounds: int, folder: Path) -> dic
                 started = time.perf_counter()
                 ways[name]()
                 seconds[name].append(time.perf_counter() - started)
-    plain.close()
     ratios = {
         name: spread([ours / theirs for ours, theirs in zip(seconds[name], seconds["plain"], strict=True)])
         for name in ways
@@ -104,7 +116,8 @@ def measure(settings: Settings, n_tokens: int, rounds: int, folder: Path) -> dic
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON here.")
 def main(model: Path, tokens: int, rounds: int, threads: int, out: Path | None) -> None:
     settings = Settings(str(model.resolve()), n_ctx=tokens, n_ubatch=tokens, n_threads=threads)
-    settings = settings.within(2 * ask_plan(settings)["everything"])
+    # The other models and what was imported lie in this process too, and count.
+    settings = settings.within(3 * ask_plan(settings)["everything"] + (1 << 30))
     with tempfile.TemporaryDirectory() as folder:
         result = measure(settings, tokens, rounds, Path(folder))
     shape = {"n_ctx": tokens, "n_ubatch": tokens, "n_threads": threads}

@@ -18,11 +18,11 @@ import jinja2
 from edgemoe.dry_run import n_outputs_max, plan_for, plan_model, refused
 from edgemoe.errors import BackendError
 from edgemoe.index import read_index
-from edgemoe.llama_library import PlainLlama, in_llama_cpp
+from edgemoe.llama_library import C, PlainLlama, in_llama_cpp
 from edgemoe.memory import machine
 from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, PlanLine
 from edgemoe.residency import Residency
-from edgemoe.routed_shares import RoutedShares
+from edgemoe.routed_shares import RoutedShares, place_of
 from edgemoe.router_tap import RouterTap, trace_memory
 from edgemoe.served_model import built_around, reporting
 from edgemoe.store import ExpertStore, forget_libraries, return_freed_memory
@@ -251,7 +251,7 @@ class Llama(PlainLlama):
     ) -> RoutedShares:
         """Evaluate the tokens from `start` on, counting where these layers route those of what was said, or all."""
         asked = self.tokenize(said.encode("utf-8"), add_bos=False, special=True) if said else []
-        heard = RoutedShares(layers, self.index.n_expert, mode.k_a, _place_of(asked, tokens[start:]))
+        heard = RoutedShares(layers, self.index.n_expert, mode.k_a, place_of(asked, tokens[start:]))
         self._rewind(start)
         with self.tap.watch(heard.add, layers, cut=cut):
             self.eval(tokens[start:])
@@ -273,6 +273,10 @@ class Llama(PlainLlama):
             if self._is_recurrent or self._is_hybrid:
                 self.reset()
             raise
+
+    def ends_with(self, token: int) -> bool:
+        """Whether the model means to say no more: its end of text, of a turn, or of a message."""
+        return bool(C.llama_vocab_is_eog(self._model.vocab, token))
 
     def n_ctx(self) -> int:
         """Context in tokens, as planned; llama.cpp itself rounds it up."""
@@ -301,12 +305,3 @@ class Llama(PlainLlama):
         state: dict[str, Any] = super().__getstate__()
         del state["use_mmap"], state["use_mlock"], state["vocab_only"]
         return state | {"ram": self.ram, "io": self.store.io}
-
-
-def _place_of(part: Sequence[int], whole: Sequence[int]) -> slice:
-    """Where the part last occurs in the whole, without its ends, which may have grown together; else everywhere."""
-    inner = part[1:-1]
-    for at in range(len(whole) - len(inner), -1, -1) if inner else ():
-        if whole[at : at + len(inner)] == inner:
-            return slice(at, at + len(inner))
-    return slice(0, len(whole))

@@ -17,7 +17,8 @@ from edgemoe.chat import chat_prompt
 from edgemoe.documents import Document
 from edgemoe.errors import TraceError
 from edgemoe.evidence import DocumentShares
-from edgemoe.routed_shares import routed_shares
+from edgemoe.fingerprint import ModelFingerprint, fingerprint
+from edgemoe.routed_shares import place_of, routed_shares
 from edgemoe.score import CRITERIA, score
 from edgemoe.trace import RoutedTokens, RouterTrace, top_k
 
@@ -45,15 +46,16 @@ class Piece:
         Tells this piece of this document, evaluated in this way, from all others.
     tokens : tuple of int
         What is evaluated.
-    n_prompt : int
-        How many of them are the prompt, 0 where nothing sets it apart.
+    counted : slice
+        Which of them prompts are matched by: of a conversation what was said last before the answer, of other text
+        all. None of a piece that holds nothing of that, or little that an earlier piece left over.
     n_answer : int
         Tokens that the model may add of its own.
     """
 
     key: str
     tokens: tuple[int, ...]
-    n_prompt: int
+    counted: slice
     n_answer: int
 
 
@@ -128,15 +130,17 @@ def pieces_of(llama: Llama, document: Document, n_answer: int) -> Iterator[Piece
     PromptError
         If the chat template refuses the conversation.
     """
-    prompt, rest = _tokens(llama, document)
+    prompt, rest, counted = _tokens(llama, document)
     tokens = prompt + rest
-    n_prompt = len(prompt) if rest or document.prompt else 0
     room = llama.n_ctx() - len(tokens)
     answering = n_answer if not rest and 0 < n_answer <= room else 0
+    model = fingerprint(llama.index)
     for start in range(0, len(tokens), llama.n_ctx()):
         part = tuple(tokens[start : start + llama.n_ctx()])
-        here = min(max(n_prompt - start, 0), len(part))
-        yield Piece(_key(llama, part, here, answering), part, here, answering)
+        first, end = (min(max(at - start, 0), len(part)) for at in (counted.start, counted.stop))
+        if start > counted.start and end - first < BEGINNINGS[0]:
+            end = first
+        yield Piece(_key(model, part, answering), part, slice(first, end), answering)
 
 
 def record(llama: Llama, piece: Piece, outputs: bool = True) -> RoutedTokens:
@@ -173,7 +177,7 @@ def record(llama: Llama, piece: Piece, outputs: bool = True) -> RoutedTokens:
         else:
             answer = llama.generate(piece.tokens, temp=0.0)
             for count, token in enumerate(answer, 1):
-                if token == llama.token_eos() or count > piece.n_answer:
+                if llama.ends_with(token) or count > piece.n_answer:
                     break
     return RoutedTokens.concatenate(parts)
 
@@ -199,31 +203,33 @@ def scores_of(spool: Spool) -> dict[str, npt.NDArray[np.float32]]:
     return scores
 
 
-def shares_of(spool: Spool, n_prompts: Sequence[int]) -> DocumentShares:
-    """Where the tokens of each piece were routed: of its prompt, where it has one and an answer, and of beginnings."""
+def shares_of(spool: Spool, pieces: Sequence[Piece]) -> DocumentShares:
+    """Where what counts of each piece was routed, and beginnings of that; `pieces` in the order they were taken."""
     numbers, tokens, shares = [], [], []
-    for number, (routed, n_prompt) in enumerate(zip(spool, n_prompts, strict=True)):
-        whole = n_prompt or routed.n_token
-        for n_token in (*(n for n in BEGINNINGS if n < whole), whole):
+    for number, (routed, piece) in enumerate(zip(spool, pieces, strict=True)):
+        first, whole = piece.counted.start, piece.counted.stop - piece.counted.start
+        for n_token in (*(n for n in BEGINNINGS if n < whole), whole) if whole else ():
             numbers.append(number)
             tokens.append(n_token)
-            shares.append(routed_shares(routed, n_token))
+            shares.append(routed_shares(routed, slice(first, first + n_token)))
     return DocumentShares(
         np.array(numbers, np.int32), np.array(tokens, np.int32), np.stack(shares).astype(np.float16)
     ).sample()
 
 
-def _tokens(llama: Llama, document: Document) -> tuple[list[int], list[int]]:
-    """Prompt and answer of a document as the model would see them."""
+def _tokens(llama: Llama, document: Document) -> tuple[list[int], list[int], slice]:
+    """Prompt and answer of a document as the model would see them, and which tokens of the prompt count."""
     if not document.prompt or not llama.index.has_chat_template:
         text = llama.tokenize(document.text.encode("utf-8"), add_bos=True, special=True)
-        return text, []
+        return text, [], slice(0, len(text))
     prompt = chat_prompt(llama, [{"role": turn.role, "content": turn.content} for turn in document.prompt])
+    said = llama.tokenize(document.prompt[-1].content.encode("utf-8"), add_bos=False, special=True)
     answer = (document.answer or "").encode("utf-8")
-    return prompt, llama.tokenize(answer, add_bos=False, special=True) if answer else []
+    rest = llama.tokenize(answer, add_bos=False, special=True) if answer else []
+    return prompt, rest, place_of(said, prompt)
 
 
-def _key(llama: Llama, tokens: tuple[int, ...], n_prompt: int, n_answer: int) -> str:
+def _key(model: ModelFingerprint, tokens: tuple[int, ...], n_answer: int) -> str:
     """Name what was evaluated and how: the same piece has the same name in the next run."""
-    facts = [list(tokens), n_prompt, n_answer, llama.index.n_expert_used, llama.index.quantization]
+    facts = [list(tokens), n_answer, model.router, model.quantization]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

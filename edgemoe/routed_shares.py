@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgemoe.trace import RoutedTokens, RouterTrace, top_k
 
-__all__ = ["RoutedShares", "routed_shares"]
+__all__ = ["RoutedShares", "place_of", "routed_shares"]
 
 
 class RoutedShares:
@@ -50,18 +50,31 @@ class RoutedShares:
         self.n_token += end - first
         for row, layer in enumerate(trace.layers):
             one = top_k(RouterTrace((layer,), trace.logits[row : row + 1, first:end]), self._k_a, compiled=False)
-            self._sums[row] += routed_shares(one, one.n_token)[0] * one.n_token
+            self._sums[row] += routed_shares(one, slice(0, one.n_token))[0] * one.n_token
 
     def shares(self) -> npt.NDArray[np.float32]:
         """Mean over the tokens, f32 [L, N]; a row adds up to 1."""
         return (self._sums / max(self.n_token, 1)).astype(np.float32)
 
 
-def routed_shares(routed: RoutedTokens, n_token: int) -> npt.NDArray[np.float64]:
-    """Share of the first tokens' router weight that each expert got, [L, N]: softmax over each token's top-k."""
-    ids, logits = routed.ids[:, :n_token], routed.logits[:, :n_token].astype(np.float64)
+def routed_shares(routed: RoutedTokens, counted: slice) -> npt.NDArray[np.float64]:
+    """Share of these tokens' router weight that each expert got, [L, N]: softmax over each token's top-k."""
+    ids, logits = routed.ids[:, counted], routed.logits[:, counted].astype(np.float64)
     weights = np.exp(logits - logits[..., :1])
     weights /= weights.sum(axis=-1, keepdims=True)
     cells = np.arange(len(ids))[:, None, None] * routed.n_expert + ids
     sums = np.bincount(cells.ravel(), weights.ravel(), len(ids) * routed.n_expert)
-    return np.asarray(sums.reshape(len(ids), routed.n_expert) / max(n_token, 1))
+    return np.asarray(sums.reshape(len(ids), routed.n_expert) / max(ids.shape[1], 1))
+
+
+def place_of(said: Sequence[int], tokens: Sequence[int]) -> slice:
+    """Which of a prompt's tokens count: what was said last, wherever the chat template put it.
+
+    The template's own words are the same whatever the topic. The ends of what was said may have grown together with
+    them and are left out; where nothing is left or found, all tokens count.
+    """
+    inner = list(said[1:-1])
+    for at in range(len(tokens) - len(inner), -1, -1) if inner else ():
+        if tokens[at] == inner[0] and list(tokens[at : at + len(inner)]) == inner:
+            return slice(at, at + len(inner))
+    return slice(0, len(tokens))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_llama import TINY_MOE
@@ -14,7 +15,7 @@ from plain_llama import TINY_MOE
 from edgemoe.backend import Llama
 from edgemoe.documents import Document
 from edgemoe.profiling import Spool, pieces_of, record, shares_of
-from edgemoe.routed_shares import RoutedShares, routed_shares
+from edgemoe.routed_shares import RoutedShares, place_of, routed_shares
 from edgemoe.trace import RouterTrace, top_k
 
 LAYERS = (1, 2, 5)
@@ -52,7 +53,7 @@ def test_shares_are_the_mean_of_the_routers_weights() -> None:
     np.testing.assert_allclose(found.shares(), expected, atol=1e-6)
     np.testing.assert_allclose(found.shares().sum(axis=1), 1, atol=1e-6)
     stored = top_k(RouterTrace(LAYERS, said), K_A, compiled=False)
-    np.testing.assert_allclose(routed_shares(stored, 50), expected, atol=1e-6)
+    np.testing.assert_allclose(routed_shares(stored, slice(0, 50)), expected, atol=1e-6)
 
 
 @given(st.lists(st.integers(0, 40), max_size=5), st.integers(0, 45), st.integers(0, 45))
@@ -73,8 +74,24 @@ def test_a_beginning_has_the_shares_of_a_text_that_ends_there(n_token: int) -> N
     said = logits(40, seed=2)
     stored = top_k(RouterTrace(LAYERS, said), K_A, compiled=False)
     np.testing.assert_allclose(
-        routed_shares(stored, n_token), heard(said[:, :n_token], [0, n_token]).shares(), atol=1e-6
+        routed_shares(stored, slice(0, n_token)), heard(said[:, :n_token], [0, n_token]).shares(), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "tokens", "place"),
+    [
+        ([1, 2, 3, 4], [9, 1, 2, 3, 4, 9], slice(2, 4)),
+        ([1, 2, 3, 4], [9, 81, 2, 3, 49, 9], slice(2, 4)),  # its ends grew together with the template's words
+        ([1, 2, 3], [2, 9, 1, 2, 3, 9, 9], slice(3, 4)),  # the last one of several
+        ([1, 2, 3], [7, 2], slice(1, 2)),
+        ([1, 2, 3, 4], [9, 1, 3, 2, 4, 9], slice(0, 6)),  # said in other tokens
+        ([1, 2], [9, 1, 2, 9], slice(0, 4)),  # too short to tell
+        ([], [9, 8], slice(0, 2)),
+    ],
+)
+def test_what_was_said_is_found_in_its_prompt(said: list[int], tokens: list[int], place: slice) -> None:
+    assert place_of(said, tokens) == place
 
 
 def test_a_profiled_text_and_the_same_text_heard_agree(tmp_path: Path) -> None:
@@ -86,7 +103,7 @@ def test_a_profiled_text_and_the_same_text_heard_agree(tmp_path: Path) -> None:
         spool = Spool(tmp_path)
         spool.add(piece, record(llama, piece))
         assert spool.take(piece)
-        stored = shares_of(spool, [piece.n_prompt])
+        stored = shares_of(spool, [piece])
     assert stored.tokens.tolist() == [32, len(piece.tokens)]
     with Llama(str(TINY_MOE), **settings) as llama:
         layers = llama.tap.running_layers

@@ -322,7 +322,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for piece in pieces:
                 spool.add(piece, record(llama, piece, outputs=False))
                 spool.take(piece)
-            shares = shares_of(spool, [piece.n_prompt for piece in pieces])
+            shares = shares_of(spool, pieces)
             source = Source(task, f"{number:064x}", 12, 1000, False, False)
             store.save(make_pattern(task, store.model, "peu", scores_of(spool), source, shares))
             spool.remove()

@@ -145,7 +145,7 @@ def _profile(
         any(piece.n_answer for piece in pieces),
     )
     scores = profiling.scores_of(spool)
-    shares = profiling.shares_of(spool, [piece.n_prompt for piece in pieces])
+    shares = profiling.shares_of(spool, pieces)
     pattern = make_pattern(task, patterns.model, next(iter(scores)), scores, source, shares)
     patterns.save(pattern)
     if with_curves:
