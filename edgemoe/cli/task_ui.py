@@ -130,8 +130,8 @@ def mode_line(mode: TaskMode) -> str:
         why = "pinned" if mode.pinned else "the prompt is like none" if mode.match else "nothing was read yet"
         return f"task: none ({why}), all experts may be chosen"
     matched = mode.match if mode.match and mode.match.task == mode.active else None
-    why = "pinned" if mode.pinned else matched.reason if matched else ""
-    parts = [f"task: {mode.active} ({why})" if why else f"task: {mode.active}"]
+    why = "pinned" if mode.pinned else matched.reason if matched else "until a prompt says otherwise"
+    parts = [f"task: {mode.active} ({why})"]
     if mode.mode == "task":
         parts.append(f"experts {mode.active_set}")
         parts.append(_cost(mode))
