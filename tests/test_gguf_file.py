@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import string
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from unittest import mock
@@ -334,6 +336,33 @@ def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     message = refusal(tmp_path / "m.gguf", [huge])
     assert "needs 4.00 PiB" in message or "needs 4096 TiB" in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_small_disk(small_disk: Path) -> None:
+    path, big = small_disk / "m.gguf", [tensor("a", (1 << 17,)), tensor("b", (1 << 18,))]
+    assert "needs 1.50 MiB but its disk has 1.00 MiB free; make room" in refusal(path, big)
+    assert not list(small_disk.iterdir())
+    plenty = mock.Mock(free=1 << 40)  # as if it filled up later
+    with mock.patch.object(gguf_file.shutil, "disk_usage", return_value=plenty):
+        assert "No space left on device" in refusal(path, big)
+    assert [file.name for file in small_disk.iterdir()] == ["m.gguf.partial"], "with what is complete"
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    with GgufFile(path, METADATA, big) as file:
+        assert file.done == {"a"}
+    write(path, big)
+    assert [file.name for file in small_disk.iterdir()] == ["m.gguf"]
 
 
 def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:

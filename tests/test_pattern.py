@@ -15,7 +15,7 @@ from tiny_patterns import ROW, random_documents, random_scores, tiny_model, tiny
 from edgemoe.errors import PatternError, PatternMismatchError
 from edgemoe.evidence import MAX_DOCUMENTS, DocumentShares, Source, check_task_name
 from edgemoe.loss_curves import LossCurves
-from edgemoe.pattern import Pattern, merge
+from edgemoe.pattern import Pattern, merge, renumbered
 
 # Few distinct values, so that ties are common.
 SCORES = hnp.arrays(
@@ -41,10 +41,14 @@ def test_top_m_is_the_direct_ranking_for_every_m(scores: npt.NDArray[np.float32]
 
 
 def test_the_table_of_deepseek_r1_is_small() -> None:
-    pattern = of(random_scores(tiny_model(58, 256)))
+    scores = random_scores(tiny_model(58, 256))
+    pattern = of(scores)
     assert pattern.permutations.shape == (57, 256) and pattern.permutations.dtype == np.uint8
     assert pattern.permutations.nbytes < 15_000
     assert pattern.vector.dtype == np.float32
+    assert (np.sort(pattern.permutations, axis=1) == np.arange(256)).all()
+    # The whole ranking, and with it the top M for every M.
+    assert (pattern.top(256) == np.argsort(-scores, axis=1, kind="stable")).all()
 
 
 def test_more_than_256_experts_need_wider_ids() -> None:
@@ -188,3 +192,19 @@ def documents(pattern: Pattern, **changes: Callable[[npt.NDArray[Any]], npt.NDAr
 def test_parts_that_do_not_fit_are_refused(spoil: Callable[[Pattern], object]) -> None:
     with pytest.raises(PatternError):
         spoil(tiny_pattern())
+
+
+def test_renumbered_ranks_the_same_experts() -> None:
+    model = tiny_model()
+    pattern = tiny_pattern(model=model)
+    order = np.array([np.random.default_rng(layer).permutation(8) for layer in range(3)])
+    found = renumbered(pattern, order, replace(model, router="c" * 64))
+    np.testing.assert_array_equal(np.take_along_axis(order, found.rankings.astype(int), 1), pattern.rankings)
+    for name, scores in pattern.scores.items():
+        np.testing.assert_array_equal(found.scores[name], np.take_along_axis(scores, order, 1))
+    np.testing.assert_array_equal(found.documents.shares[1, 2], pattern.documents.shares[1, 2][order[2]])
+    assert found.fingerprint.router == "c" * 64 and found.permutations.dtype == pattern.permutations.dtype
+    back = renumbered(found, np.argsort(order, axis=1), model)
+    np.testing.assert_array_equal(back.rankings, pattern.rankings)
+    with pytest.raises(PatternError, match="every expert of every layer once"):
+        renumbered(pattern, np.zeros((3, 8), np.int64), model)

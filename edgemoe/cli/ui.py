@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from edgemoe.expert_offsets import has_offsets
 from edgemoe.memory import current_rss, format_bytes, peak_rss
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
     from edgemoe.chat import Answer
+    from edgemoe.index import ExpertIndex
     from edgemoe.plan import ExpertPlan
 
 PLAIN_WIDTH = 1000
@@ -130,6 +133,48 @@ def inspection(model: dict[str, Any]) -> Iterator[RenderableType]:
         yield Text(
             f"{len(model['skipped_tensors'])} tensors of prediction layers are in the file; llama.cpp skips them."
         )
+    if "expert_offsets" in model:
+        yield from _expert_parts(model["expert_offsets"])
+
+
+def expert_document(index: ExpertIndex) -> dict[str, Any]:
+    """Give the offset of every expert in each expert tensor as JSON types, in bytes from the start of its file."""
+    return {
+        "stored": has_offsets(index.metadata, len(index.files)),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "layer": tensor.layer,
+                "part": tensor.part,
+                "type": tensor.type_name,
+                "file": str(index.files[tensor.file]),
+                "stride": tensor.slab_bytes,
+                "offsets": [tensor.offset + i * tensor.slab_bytes for i in range(tensor.n_expert)],
+            }
+            for tensor in index.experts
+        ],
+    }
+
+
+def _expert_parts(experts: dict[str, Any]) -> Iterator[RenderableType]:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("tensor", "type"):
+        table.add_column(name, no_wrap=True)
+    for name in ("first expert at byte", "bytes to the next", "last expert at byte"):
+        table.add_column(name, justify="right", no_wrap=True)
+    split = len({tensor["file"] for tensor in experts["tensors"]}) > 1
+    if split:
+        table.add_column("of file", no_wrap=True)
+    for tensor in experts["tensors"]:
+        numbers = (tensor["offsets"][0], tensor["stride"], tensor["offsets"][-1])
+        file = [Text(Path(tensor["file"]).name)] if split else []
+        table.add_row(tensor["name"], tensor["type"], *(f"{number:,}" for number in numbers), *file)
+    yield table
+    yield Text(
+        "The file's own index of its experts says the same."
+        if experts["stored"]
+        else "The file has no index of its experts; this follows from its tensors."
+    )
 
 
 def _types(counts: dict[str, int]) -> str:
