@@ -51,6 +51,8 @@ def test_the_python_example_runs() -> None:
 def test_every_file_of_the_map_exists() -> None:
     shown = README.split("## What is where")[1].split("```")[1]
     for name in re.findall(r"\b(\w+\.(?:py|h))\b", shown):
-        assert any((ROOT / folder / name).exists() for folder in ("edgemoe", "edgemoe/cli", "native")), name
+        assert any((ROOT / folder / name).exists() for folder in ("edgemoe", "edgemoe/cli", "converters", "native")), (
+            name
+        )
     listed = set(re.findall(r"\b(\w+\.py)\b", shown))
     assert {path.name for path in (ROOT / "edgemoe").glob("[a-z]*.py")} <= listed
