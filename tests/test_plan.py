@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
 import pytest
+from gguf_bytes import TYPE_Q8_0, TensorBytes, gguf_bytes, moe_metadata, n_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_llama import TINY_MOE
 
+from edgemoe.allocation import ExpertBudget, uniform
 from edgemoe.errors import BudgetError
+from edgemoe.expert_set import ExpertLayers
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import Budget, page_size
-from edgemoe.plan import ExpertPlan, Footprint, headroom_of, kernel_scratch, make_plan
+from edgemoe.plan import ExpertPlan, Footprint, expert_pages, headroom_of, kernel_scratch, make_plan
 
 MIB = 1 << 20
 PROCESS = 60 * MIB
@@ -129,3 +138,64 @@ def test_kernel_scratch_follows_ggml() -> None:
 
 def test_plans_are_deterministic() -> None:
     assert plan(84) == plan(84)
+
+
+QWEN3_30B_A3B = {"n_embd": 2048, "n_ff_exp": 768, "n_vocab": 151936, "n_q": 4096, "n_kv": 512}
+"""48 layers, 128 experts of three matrices 2048 x 768, 8 of them active."""
+
+
+def qwen3_30b_a3b(path: Path) -> ExpertIndex:
+    """Its header, over a file of the right size with nothing in it; experts take 34 bytes for 32 weights."""
+    s = QWEN3_30B_A3B
+    tensors = [
+        TensorBytes(name, (s["n_embd"], s["n_vocab"]), TYPE_Q8_0) for name in ("token_embd.weight", "output.weight")
+    ]
+    for layer in range(48):
+        block = f"blk.{layer}."
+        tensors += [
+            TensorBytes(f"{block}ffn_gate_inp.weight", (s["n_embd"], 128)),
+            *(TensorBytes(f"{block}attn_{name}.weight", (s["n_embd"], s["n_kv"]), TYPE_Q8_0) for name in "kv"),
+            TensorBytes(f"{block}attn_q.weight", (s["n_embd"], s["n_q"]), TYPE_Q8_0),
+            TensorBytes(f"{block}attn_output.weight", (s["n_q"], s["n_embd"]), TYPE_Q8_0),
+            *(
+                TensorBytes(f"{block}ffn_{part}_exps.weight", (s["n_embd"], s["n_ff_exp"], 128), TYPE_Q8_0)
+                for part in ("gate", "up")
+            ),
+            TensorBytes(f"{block}ffn_down_exps.weight", (s["n_ff_exp"], s["n_embd"], 128), TYPE_Q8_0),
+        ]
+    end = 0
+    placed = []
+    for tensor in tensors:
+        placed.append(replace(tensor, data=b"", offset=end))
+        end += -(-n_bytes(tensor) // 32) * 32
+    keys = moe_metadata(block_count=48, expert_count=128, expert_used_count=8, embedding_length=s["n_embd"])
+    path.write_bytes(gguf_bytes(keys, placed))
+    os.truncate(path, path.stat().st_size + end)
+    return read_index(path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "billions", "gigabytes"),
+    [(128, 30.5, 18.5), (96, 23.3, 14.1), (64, 16.0, 9.7), (48, 12.4, 7.5), (32, 8.8, 5.3)],
+)
+def test_what_is_kept_of_qwen3_30b_a3b(kept: int, billions: float, gigabytes: float, tmp_path: Path) -> None:
+    """RT-3: the table of papers.md, 1.5, worked out from the shapes of the model; and the solver finds its M."""
+    index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
+    layers = ExpertLayers.of(index)
+    scores = np.random.default_rng(0).random((48, 128))
+    chosen = uniform(scores, layers, ExpertBudget(per_layer=kept))
+    weights = sum(prod(tensor.shape) for tensor in index.tensors) + chosen.n_kept * 3 * 2048 * 768
+    assert weights / 1e9 == pytest.approx(billions, abs=0.05)
+    assert weights * 4.85 / 8 / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    n_expert_bytes = chosen.n_bytes(layers.expert_bytes)
+    assert n_expert_bytes == chosen.n_kept * 3 * 2048 * 768 * 34 // 32
+    # A budget that leaves the arena room for so many, page by page, and not for one more of each layer.
+    pages = replace(layers, expert_bytes=expert_pages(index))
+    budget = Budget(PROCESS + index.dense_bytes + n_expert_bytes + (1 << 30), "--ram")
+    arena = make_plan(index, budget, footprint, PROCESS, 512, 16).arena_bytes
+    solved = uniform(scores, pages, ExpertBudget(n_bytes=arena))
+    # Counted one by one, all experts together take more pages than they do: neighbours share theirs.
+    assert min(kept, 127) <= solved.mean_kept <= min(128, kept + (1 << 30) // sum(pages.expert_bytes))
+    assert solved.n_bytes(pages.expert_bytes) <= arena < (solved.mean_kept + 1) * sum(pages.expert_bytes)
+    # What the arena is counted with exceeds the bytes themselves by a page for each part.
+    assert n_expert_bytes <= chosen.n_bytes(pages.expert_bytes) <= 1.01 * n_expert_bytes
