@@ -32,6 +32,8 @@ Sources = Iterator[tuple[str, int | None, Part]]
 
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+# What is added to the router's probabilities when experts are chosen, as gguf's name map spells it.
+_SELECTION_BIASES = {".e_score_correction_bias": ".e_score_correction.bias", ".expert_bias": ".expert_bias.bias"}
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", "_scale_inv")  # computed anew; read along with the weights they belong to
 
 
@@ -53,6 +55,8 @@ class Family:
         llama.cpp's architecture.
     loads_tied : bool
         Whether llama.cpp uses the token embeddings as output when there is no output tensor.
+    output_norm : str
+        llama.cpp's name of the last normalization.
     notes : list of str
         What whoever converts should know.
 
@@ -66,6 +70,7 @@ class Family:
     classes: ClassVar[tuple[str, ...]]
     architecture: ClassVar[MODEL_ARCH]
     loads_tied: ClassVar[bool] = True
+    output_norm: ClassVar[str] = "output_norm.weight"
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -122,6 +127,9 @@ class Family:
             target = self.named(name.removesuffix(".weight") + ".weight", tensor)
             yield target, None, Stored(tensor, tensor.shape)
         else:
+            for end, bias in _SELECTION_BIASES.items():
+                if name.endswith(end):
+                    name = name.removesuffix(end) + bias
             target = self.named(name, tensor)
             yield target, None, Stored(tensor, tensor.shape, change=self.change(target))
 
@@ -235,7 +243,7 @@ class Family:
         shapes: Shapes = {"token_embd.weight": (self.n_vocab, self.n_embd)}
         for il in range(self.n_layer):
             shapes |= {f"blk.{il}.{name}": shape for name, shape in self.layer(il).items()}
-        shapes["output_norm.weight"] = (self.n_embd,)
+        shapes[self.output_norm] = (self.n_embd,)
         if not (self.tied and self.loads_tied):
             shapes["output.weight"] = (self.n_vocab, self.n_embd)
         return shapes
