@@ -128,7 +128,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], path: Path, architecture: s
             refuse(f"normalizes text by {show(str(step['type']))}")
     stages = list(steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
     # ByteLevel spells bytes as letters: what comes after it sees another text.
-    if [step for step in stages if step["type"] == "ByteLevel"] != stages[-1:]:
+    if not stages or [step for step in stages if step["type"] == "ByteLevel"] != stages[-1:]:
         refuse("does not turn text into bytes (ByteLevel) as the last step before it merges")
     splits = []
     for step in stages:

@@ -102,7 +102,7 @@ class SentencePieceModel:
             return cls._parse(path.read_bytes())
         except OSError as error:
             raise ConvertError(f"{path} cannot be read: {error.strerror}; check the file") from None
-        except (ValueError, TypeError) as error:
+        except (LookupError, TypeError, ValueError, struct.error) as error:
             raise ConvertError(f"{path} is no SentencePiece model ({error}); download it again") from None
 
     @classmethod
