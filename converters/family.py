@@ -7,24 +7,24 @@ A family says which tensors the pinned llama.cpp loads for it, with their shapes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFValueType, Keys, RopeScalingType
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, Keys
 from gguf.tensor_mapping import get_tensor_name_map
 
 from edgemoe.converters.checkpoint import Checkpoint, Floats, StoredTensor
 from edgemoe.converters.gguf_file import Metadata, Value
 from edgemoe.converters.model_config import ModelConfig
 from edgemoe.converters.recipe import Change, Part, Recipe, Shape, Stored
+from edgemoe.converters.rope import rope_factors, rope_keys
+from edgemoe.converters.values import f32, u32
 from edgemoe.errors import ConvertError
-from edgemoe.gguf_header import show
 
-__all__ = ["Family", "Shapes", "Sources", "halves_of_rows"]
+__all__ = ["Family", "Shapes", "Sources", "group_keys", "halves_of_rows", "paired_queries_and_keys"]
 
 Shapes = dict[str, Shape]
 Sources = Iterator[tuple[str, int | None, Part]]
@@ -193,7 +193,7 @@ class Family:
             Keys.LLM.EXPERT_COUNT: u32(self.n_expert),
             Keys.LLM.EXPERT_USED_COUNT: u32(self.n_expert_used),
             Keys.Rope.DIMENSION_COUNT: u32(self.rope_dim),
-            **self._rope_keys(),
+            **rope_keys(config),
             **self.keys(),
         }
         name = MODEL_ARCH_NAMES[self.architecture]
@@ -212,7 +212,7 @@ class Family:
         for sources in found.values():
             stray = next(iter(sources.values())).origin
             raise ConvertError(f"{stray} has no place in llama.cpp's {self.title}; this variant cannot be converted")
-        factors = self._rope_factors()
+        factors = rope_factors(self.config, self.rope_dim)
         if factors is not None:
             recipes.append(Recipe("rope_freqs.weight", factors.shape, (), factors))
         return recipes
@@ -267,48 +267,6 @@ class Family:
             found["output.weight"] = dict(found["token_embd.weight"])
         return found
 
-    def _rope_keys(self) -> Mapping[str, Value]:
-        config = self.config
-        keys = {Keys.Rope.FREQ_BASE: f32(config.rope("rope_theta"))}
-        kind = config.rope_type
-        if kind in ("default", "llama3"):
-            return keys
-        if kind not in ("linear", "yarn"):
-            config.refuse(
-                f"stretches positions by {show(kind)}, which cannot be converted; known are linear, yarn, llama3"
-            )
-        factor = float(config.rope("factor"))
-        keys[Keys.Rope.SCALING_TYPE] = text(RopeScalingType[kind.upper()].value)
-        keys[Keys.Rope.SCALING_FACTOR] = f32(factor)
-        if kind == "yarn":
-            keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = u32(int(config.rope("original_max_position_embeddings")))
-            for name, key in (
-                ("beta_fast", Keys.Rope.SCALING_YARN_BETA_FAST),
-                ("beta_slow", Keys.Rope.SCALING_YARN_BETA_SLOW),
-            ):
-                value = config.rope(name, default=None)
-                if value is not None:
-                    keys[key] = f32(value)
-            # llama.cpp computes it from the factor alone.
-            attention, usual = config.rope("attention_factor", default=None), 1 + 0.1 * math.log(factor)
-            if attention is not None and not math.isclose(attention, usual, rel_tol=1e-3):
-                config.refuse(f"has a yarn attention_factor of {attention}, but llama.cpp computes {usual:.4f} only")
-        return keys
-
-    def _rope_factors(self) -> Floats | None:
-        """Divisors of the rotary frequencies, float32 [rope_dim / 2], where Llama 3's way of stretching is used."""
-        config = self.config
-        if config.rope_type != "llama3":
-            return None
-        frequency = float(config.rope("rope_theta")) ** (-np.arange(0, self.rope_dim, 2) / self.rope_dim)
-        factor, original = float(config.rope("factor")), float(config.rope("original_max_position_embeddings"))
-        low, high = float(config.rope("low_freq_factor")), float(config.rope("high_freq_factor"))
-        if not high > low:
-            config.refuse(f"has a high_freq_factor of {high}, expected more than {low}; correct it")
-        # Of turns within the original context: many stay as they are, few are slowed down, between them it is blended.
-        kept = np.clip((original * frequency / (2 * math.pi) - low) / (high - low), 0, 1)
-        return np.asarray(1 / (kept + (1 - kept) / factor), np.float32)
-
 
 def halves_of_rows(tensor: StoredTensor, names: list[str]) -> Sources:
     """Take a tensor [..., 2 n, columns] apart into the first n rows and the other n."""
@@ -319,39 +277,27 @@ def halves_of_rows(tensor: StoredTensor, names: list[str]) -> Sources:
             yield name, expert, Stored(tensor, (half, n_columns), expert, rows)
 
 
-def u32(value: int) -> Value:
-    """Encode a whole number."""
-    return Value(value, GGUFValueType.UINT32)
-
-
-def f32(value: float) -> Value:
-    """Encode a number."""
-    return Value(value, GGUFValueType.FLOAT32)
-
-
-def flag(value: bool) -> Value:
-    """Encode true or false."""
-    return Value(value, GGUFValueType.BOOL)
-
-
-def text(value: str) -> Value:
-    """Encode a text."""
-    return Value(value, GGUFValueType.STRING)
-
-
-def array(values: list[Any], element: GGUFValueType) -> Value:
-    """Encode a list."""
-    return Value(values, GGUFValueType.ARRAY, element)
-
-
-def rotary_pairs(n_head: int) -> Change:
-    """Reorder rows from halves of a head (transformers) to neighbouring pairs (llama.cpp's `LLAMA_ROPE_TYPE_NORM`)."""
-    return partial(_rotary_pairs, n_head)
-
-
 def _rotary_pairs(n_head: int, weights: Floats) -> Floats:
+    """Reorder rows from halves of a head (transformers) to neighbouring pairs (llama.cpp's `LLAMA_ROPE_TYPE_NORM`)."""
     halves = weights.reshape(n_head, 2, -1, *weights.shape[1:])
     return np.swapaxes(halves, 1, 2).reshape(weights.shape)
+
+
+def group_keys(family: Family, n_group: int) -> Mapping[str, Value]:
+    """Metadata of routing by groups of experts first."""
+    if n_group == 1:
+        return {}
+    used: int = family.config.integer("topk_group")
+    if family.n_expert % n_group or used >= n_group:
+        family.config.refuse(f"routes {family.n_expert} experts by {used} of {n_group} groups, which is impossible")
+    return {Keys.LLM.EXPERT_GROUP_COUNT: u32(n_group), Keys.LLM.EXPERT_GROUP_USED_COUNT: u32(used)}
+
+
+def paired_queries_and_keys(family: Family, target: str) -> Change | None:
+    """Say that queries and keys go to llama.cpp's order of rotary pairs, and nothing else changes."""
+    if target.endswith(".attn_q.weight"):
+        return partial(_rotary_pairs, family.n_head)
+    return partial(_rotary_pairs, family.n_head_kv) if target.endswith(".attn_k.weight") else None
 
 
 def _recipe(family: Family, name: str, shape: Shape, sources: dict[int | None, Part]) -> Recipe:

@@ -16,10 +16,11 @@ from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGMLQuantizatio
 
 from edgemoe.converters.checkpoint import Checkpoint
 from edgemoe.converters.families import family_of
-from edgemoe.converters.family import Family, text, u32
+from edgemoe.converters.family import Family
 from edgemoe.converters.gguf_file import GgufFile, Metadata, TensorInfo
 from edgemoe.converters.quantize import FILE_TYPES, FileType, quantized, tensor_bytes, tensor_type
 from edgemoe.converters.recipe import Part, Recipe, Stored
+from edgemoe.converters.values import text, u32
 from edgemoe.converters.vocabulary import vocabulary_metadata
 from edgemoe.errors import ConvertError
 from edgemoe.ggml_types import type_name
