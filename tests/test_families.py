@@ -2,8 +2,8 @@
 
 With float32 weights both compute the same up to the order of additions, so the tolerance is 1e-4 of the largest logit
 (found: 2.5e-5 for Qwen3-Next, at most 5e-6 for the others). llama.cpp multiplies float16 weights by activations rounded
-to float16, after which a router may fall to the other of two nearly equal experts: there the tolerance, 3e-3, is for the
-median token.
+to float16, after which a router may fall to the other of two nearly equal experts: there the tolerance, 3e-3, is for
+the median token.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import click
 from edgemoe.cli.verbs import Verbs
 
 VERBS = {
+    "hf": "Make a GGUF of a Hugging Face checkpoint.",
     "align": "Make a GGUF whose tensors start on pages, with an index of its experts.",
     "slice": "Make a GGUF that has only a task's best experts.",
     "verify": "Compare two GGUF models, tensor by tensor.",
@@ -18,6 +19,7 @@ def command() -> None:
     """Make GGUF files that suit a purpose.
 
     \b
+        edgemoe convert hf ./checkpoint -o model.gguf --type q4_k
         edgemoe convert align model.gguf -o aligned.gguf
         edgemoe convert slice model.gguf --task code --keep 8/64 -o code-64.gguf
         edgemoe convert verify model.gguf aligned.gguf
