@@ -1,9 +1,9 @@
 """Which model a pattern was made for, told by two hashes that cost a few megabytes of reading.
 
-``router`` hashes what every quantization of the same weights has in common: the architecture's name, its experts, and
-the bytes of the first and last MoE layer's router and norms and of the output norm. llama.cpp keeps those tensors F32
-in every quantization. ``quantization`` hashes names, types and shapes of all tensors, so a file that was repacked
-with other offsets or metadata keeps it.
+``router`` hashes what every quantization of the same weights has in common: the architecture's name, its experts, how
+it weighs them where the header says so, and the bytes of the first and last MoE layer's router and norms and of the
+output norm. llama.cpp keeps those tensors F32 in every quantization. ``quantization`` hashes names, types and shapes of
+all tensors, so a file that was repacked with other offsets or metadata keeps it.
 
 The rules: another router hash is another model, whose expert numbers mean something else: its patterns are refused.
 The same router hash in another quantization is accepted with a note, because quantizing moves a ranking little, while
@@ -102,7 +102,8 @@ def fingerprint(index: ExpertIndex) -> ModelFingerprint:
     """
     n_expert_used = tuple(index.n_expert_used[layer] for layer in index.moe_layers)
     groups = (index.n_expert_group, index.n_group_used)
-    facts = (index.architecture, index.moe_layers, index.n_expert, n_expert_used, groups)
+    gating = [(key, index.metadata[key]) for key in _gating_keys(index.architecture) if key in index.metadata]
+    facts = (index.architecture, index.moe_layers, index.n_expert, n_expert_used, groups, *gating)
     router = hashlib.sha256(repr(facts).encode())
     for tensor in _telling_tensors(index):
         router.update(repr((tensor.name, tensor.shape)).encode())
@@ -119,6 +120,13 @@ def fingerprint(index: ExpertIndex) -> ModelFingerprint:
         n_expert=index.n_expert,
         n_expert_used=n_expert_used,
     )
+
+
+def _gating_keys(architecture: str) -> tuple[str, ...]:
+    from gguf.constants import Keys
+
+    keys = (Keys.LLM.EXPERT_GATING_FUNC, Keys.LLM.EXPERT_WEIGHTS_NORM)
+    return tuple(key.format(arch=architecture) for key in keys)
 
 
 def _telling_tensors(index: ExpertIndex) -> list[Tensor]:

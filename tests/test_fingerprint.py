@@ -88,8 +88,16 @@ def test_other_tensors_are_not_read(tmp_path: Path, name: str) -> None:
     assert one == two
 
 
-@pytest.mark.parametrize("changes", [{"expert_used_count": 1}, {"expert_group_count": 2, "expert_group_used_count": 1}])
-def test_routing_facts_tell_models_apart(tmp_path: Path, changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expert_used_count": 1},
+        {"expert_group_count": 2, "expert_group_used_count": 1},
+        {"expert_gating_func": 2},
+        {"expert_weights_norm": True},
+    ],
+)
+def test_routing_facts_tell_models_apart(tmp_path: Path, changes: dict[str, Any]) -> None:
     keys = {f"qwen3moe.{key}": value for key, value in changes.items()}
     plain, other = write(tmp_path / "a.gguf", moe_tensors()), write(tmp_path / "b.gguf", moe_tensors(), **keys)
     assert of(plain).router != of(other).router
