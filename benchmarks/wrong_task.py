@@ -59,8 +59,9 @@ def run(model: Path, store: Path, text: Path, keep: int, n_documents: int, windo
                 tokens = llama.tokenize(document.text.encode(), add_bos=False, special=True)[: window + 1]
                 if len(tokens) <= FEWEST:
                     continue
-                routed = record(llama, Piece("0" * 32, tuple(tokens[:-1]), 0, 0), outputs=False)
-                vector = routed_shares(routed, routed.n_token)
+                counted = slice(0, len(tokens) - 1)
+                routed = record(llama, Piece("0" * 32, tuple(tokens[counted]), counted, 0), outputs=False)
+                vector = routed_shares(routed, counted)
                 known, unknown = (matcher.match(vector, routed.n_token) for matcher in (everyone, others))
                 names = list(dict.fromkeys((task, known.nearest, unknown.nearest)))
                 cost = dict(zip(names, measure(llama, [tokens], [sets[name] for name in names]), strict=True))
