@@ -37,7 +37,7 @@ _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
 _O200K = rf"{_CAPITALIZED}{_CONTRACTION}?|{_CAPITALS}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASHED}"
 _TEKKEN = rf"{_CAPITALIZED}|{_CAPITALS}|\p{{N}}|{_SLASHED}"
 _CJK_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_DEEPSEEK_LETTERS = (  # with upper and lower case, as of Unicode 12
+_DEEPSEEK_LETTERS = (  # those with upper and lower case, as the files list them
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
     "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
     "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"

@@ -92,10 +92,8 @@ def special_tokens(
 
 
 def _candidates(files: TokenizerFiles, numbers: Mapping[str, int], kind: str) -> Iterator[int]:
-    for source in (files.config, files.special_tokens_map):
-        text = source.get(f"{kind}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        if isinstance(text, str) and text in numbers:
+    for key, text in files.named_tokens():
+        if key == f"{kind}_token" and text in numbers:
             yield numbers[text]
     for source in (files.model_config, files.model_config.get("text_config") or {}, files.generation):
         yield from _numbers(source.get(f"{kind}_token_id"))
@@ -103,7 +101,7 @@ def _candidates(files: TokenizerFiles, numbers: Mapping[str, int], kind: str) ->
 
 def _ends(files: TokenizerFiles) -> Iterator[int]:
     """Give every token that ends an answer."""
-    for source in (files.generation, files.model_config):
+    for source in (files.generation, files.model_config, files.model_config.get("text_config") or {}):
         yield from _numbers(source.get("eos_token_id"))
 
 

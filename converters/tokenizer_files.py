@@ -109,8 +109,23 @@ class TokenizerFiles:
         """Where ``tokenizer.json`` is or would be."""
         return self.folder / _TOKENIZER
 
+    def named_tokens(self) -> Iterator[tuple[str, str]]:
+        """Give the special tokens that the files name: the key ("bos_token", ...) and the text of each."""
+        for source in (self.config, self.special_tokens_map):
+            for key, value in source.items():
+                if key in ("additional_special_tokens", "extra_special_tokens"):
+                    entries = list(value.values() if isinstance(value, dict) else value or ())
+                else:
+                    entries = [value] if key.endswith("_token") else []
+                for entry in entries:
+                    text = entry.get("content") if isinstance(entry, dict) else entry
+                    if isinstance(text, str):
+                        yield key, text
+
     def added_tokens(self) -> list[AddedToken]:
         """List the added tokens of all files that have some, by number; `transformers` counts a later file as right.
+
+        A special token that a file names counts as added even if it is in the vocabulary only.
 
         Raises
         ------
@@ -138,7 +153,12 @@ class TokenizerFiles:
             yield AddedToken(_number(number), text, bool(entry.get("special")) or _looks_special(text))
         for text, number in self.added_tokens_json.items():
             if text not in known:
+                known.add(text)
                 yield AddedToken(_number(number), text, _looks_special(text))
+        vocab = self.tokenizer["model"]["vocab"] if self.tokenizer else {}
+        for _, text in self.named_tokens():
+            if text in vocab and text not in known:
+                yield AddedToken(_number(vocab[text]), text, True)
 
 
 def numbered_tokens(model: Mapping[str, Any]) -> dict[int, str]:

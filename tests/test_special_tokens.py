@@ -107,6 +107,21 @@ def test_refusals(folder: Path) -> None:
         found(folder, None, {"type": "RobertaProcessing"})
 
 
+def test_named_tokens_are_special(folder: Path) -> None:
+    """Those that a file names are looked for in text first, whatever else tokenizer.json says of them."""
+    transformers = pytest.importorskip("transformers")
+    content = json.loads((folder / "tokenizer.json").read_bytes()) | {"added_tokens": []}
+    config = {**EOS, "additional_special_tokens": ["<|im_end|>"], "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer_config.json", config)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    with converted(folder, "gpt2") as llama:
+        for text in ("a<|im_end|><|endoftext|>", "<|im_start|>"):
+            assert tokens_of(llama, text) == theirs.encode(text)
+        assert tokens_of(llama, "<|im_end|>") == [STOP]
+        assert tokens_of(llama, "<|im_start|>") != [START]
+
+
 @pytest.mark.parametrize("post_processor", [None, template(1, "A"), template(1, "A", 0)])
 def test_same_as_transformers_and_gguf(folder: Path, post_processor: Any) -> None:
     transformers = pytest.importorskip("transformers")
