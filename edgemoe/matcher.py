@@ -9,7 +9,7 @@ Importing it costs about a second and tens of megabytes, so import it where it i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from edgemoe.errors import PatternError
 from edgemoe.oddness import Oddness
-from edgemoe.routing_space import TINY, Metric, ledoit_wolf, plane_of_means, span_of, to_points
+from edgemoe.routing_space import TINY, Geometry, Metric, Space, to_points
 
 if TYPE_CHECKING:
     from edgemoe.pattern import Pattern
@@ -30,8 +30,6 @@ Indices = npt.NDArray[np.intp]
 
 _FOLDS = 5
 _LEAST_FREEDOM = 5  # documents beyond one per task, below which the spread within tasks is not estimated
-_WIDE_DIRECTIONS = 32
-_TYPICAL_SHRINKAGE = 0.9  # nearly a plain distance: what is new may lie in any direction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,9 +201,9 @@ class TaskMatcher:
             raise PatternError(f"a text of {n_tokens} tokens has no routing to match; give it at least one")
         _check_shares(vector, "a router vector")
         point = to_points(vector[None], self.metric)
-        distances, features = self._geometry.measure(point, np.zeros(1))
+        distances, features = self._nearest_means.measure(point, np.zeros(1))
         order = np.argsort(distances[0], kind="stable")
-        oddness, threshold = self._usual.judge(features[0], n_tokens)
+        oddness, threshold = self._usual.judge(features[0], int(order[0]), n_tokens)
         names = [self.tasks[place] for place in order]
         values = distances[0, order].tolist()
         return Match(
@@ -230,159 +228,61 @@ class TaskMatcher:
         parts = [whole & (fold != left_out) for left_out in range(_FOLDS)]
         freedom = min(int(part.sum()) - len(np.unique(task[part])) for part in parts)
 
-        space = _Space(self.metric, self.metric == "whitened" and freedom >= _LEAST_FREEDOM)
+        space = Space(self.metric, self.metric == "whitened" and freedom >= _LEAST_FREEDOM)
         cut = [documents.shares[:, list(self.layers)] for documents in stored]
         if space.whiten:
             space.span(np.concatenate([shares[chosen] for shares, chosen in zip(cut, wholes, strict=True)]))
         inside, outside = zip(*(space.place(shares) for shares in cut), strict=True)
         points, rest = np.concatenate(inside), np.concatenate(outside)
 
-        lengths, features = [], []
+        lengths, nearest, features = [], [], []
         for left_out, part in enumerate(parts):
             known = np.unique(task[part])
             asked = (fold == left_out) & np.isin(task, known)
             if asked.any():
                 geometry = space.fit(points[part], np.searchsorted(known, task[part]))
-                features.append(geometry.measure(points[asked], rest[asked])[1])
+                distances, measured = _NearestMeans(self.metric, geometry).measure(points[asked], rest[asked])
+                features.append(measured)
+                nearest.append(known[distances.argmin(1)])
                 lengths.append(tokens[asked])
         # A fold may know one task only, which makes no plane to be odd in; the last feature is there always.
         width = min((measured.shape[1] for measured in features), default=1)
         self._usual = Oddness.of(
             np.concatenate([np.empty(0), *lengths]),
+            np.concatenate([np.empty(0, np.intp), *nearest]),
             np.concatenate([np.empty((0, width)), *(measured[:, -width:] for measured in features)]),
+            len(stored),
         )
-        self._geometry = space.lifted(space.fit(points[whole], task[whole]))
+        self._nearest_means = _NearestMeans(self.metric, space.lifted(space.fit(points[whole], task[whole])))
 
 
 @dataclass(slots=True, eq=False)
-class _Space:
-    """Where points are while a matcher is fitted.
-
-    Documents span few of the L * N directions, and whatever is fitted lies within those, so it is fitted there. That
-    is exact; with 480 documents of 6144 numbers it takes about a second instead of minutes.
-
-    Attributes
-    ----------
-    metric : Metric
-    whiten : bool
-        Whether documents suffice to estimate the spread within tasks.
-    n_dims : int
-        L * N.
-    basis : float [R, D] or None
-        Orthonormal directions in use; None for all.
-    origin : float [D]
-    """
+class _NearestMeans:
+    """Distances to the tasks' means, and what makes a text odd."""
 
     metric: Metric
-    whiten: bool
-    n_dims: int = 0
-    basis: Floats | None = None
-    origin: Floats = field(default_factory=lambda: np.zeros(0))
-
-    def span(self, shares: npt.NDArray[np.floating]) -> None:
-        """Use the directions that these documents span."""
-        points = to_points(shares, self.metric)
-        self.origin = points.mean(0)
-        points -= self.origin
-        self.basis = span_of(points)
-
-    def place(self, shares: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
-        """Points [P, R] of shares [P, L, N], and the squared length of what is outside of the space [P]."""
-        points = to_points(shares, self.metric)
-        self.n_dims = points.shape[1]
-        if self.basis is None:
-            return points, np.zeros(len(points))
-        points -= self.origin
-        inside = points @ self.basis.T
-        return inside, np.maximum((points**2).sum(1) - (inside**2).sum(1), 0.0)
-
-    def fit(self, points: Floats, task: Indices) -> _Geometry:
-        """Means of tasks 0, 1, ... and, to whiten, the spread around them."""
-        n_tasks = int(task.max()) + 1
-        means = np.stack([points[task == place].mean(0) for place in range(n_tasks)])
-        plain = _Geometry(self.metric, means, None, np.empty((0, points.shape[1])), np.empty(0), 1.0)
-        if not self.whiten:
-            return plain
-        away = points - means[task]
-        spread = away.T @ away / (len(points) - n_tasks)
-        level = np.trace(spread) / self.n_dims
-        if level <= TINY:
-            return plain
-        shrinkage = ledoit_wolf(away, self.n_dims)
-        variances, directions = np.linalg.eigh(spread)
-        variances = np.maximum(variances, 0.0)
-        noise = _TYPICAL_SHRINKAGE * level
-        wide = slice(-1, -1 - _WIDE_DIRECTIONS, -1)
-        return replace(
-            plain,
-            axes=plane_of_means(means, directions, (1 - shrinkage) * variances + shrinkage * level),
-            wide=directions[:, wide].T,
-            factors=noise / ((1 - _TYPICAL_SHRINKAGE) * variances[wide] + noise),
-            noise=noise,
-        )
-
-    def lifted(self, geometry: _Geometry) -> _Geometry:
-        """Give the same among all L * N directions."""
-        if self.basis is None:
-            return geometry
-        return replace(
-            geometry,
-            means=self.origin + geometry.means @ self.basis,
-            axes=None if geometry.axes is None else geometry.axes @ self.basis,
-            wide=geometry.wide @ self.basis,
-        )
-
-
-@dataclass(slots=True, eq=False)
-class _Geometry:
-    """Where the tasks' means are, and what distance means.
-
-    Attributes
-    ----------
-    metric : Metric
-    means : float [T, D]
-    axes : float [A, D] or None
-        Directions whose coordinates are compared, None for all.
-    wide, factors : float [W, D], [W]
-        Directions in which documents of a task differ most, and the factor on squared distances along them.
-    noise : float
-        Variance that divides squared distances in all other directions.
-    """
-
-    metric: Metric
-    means: Floats
-    axes: Floats | None
-    wide: Floats
-    factors: Floats
-    noise: float
+    geometry: Geometry
     _neighbours: NearestNeighbors = field(init=False)
 
     def __post_init__(self) -> None:
+        means = self.geometry.compared(self.geometry.means)
         metric = "cosine" if self.metric == "cosine" else "sqeuclidean"
-        nearest = NearestNeighbors(n_neighbors=len(self.means), algorithm="brute", metric=metric)
-        self._neighbours = nearest.fit(self._compared(self.means))
-
-    def _compared(self, points: Floats) -> Floats:
-        return points if self.axes is None else points @ self.axes.T
+        self._neighbours = NearestNeighbors(n_neighbors=len(means), algorithm="brute", metric=metric).fit(means)
 
     def measure(self, points: Floats, rest: Floats) -> tuple[Floats, Floats]:
-        """Distances to the tasks [P, T], and logarithms of what makes a point odd [P, 1 or 2].
+        """Distances to the tasks [P, T], and features [P, 1 or 2] that are greater the odder a point is.
 
         `rest` [P] is the squared length of each point's part outside of the space.
         """
-        found, order = self._neighbours.kneighbors(self._compared(points))
+        found, order = self._neighbours.kneighbors(self.geometry.compared(points))
         distances = np.empty_like(found)
         np.put_along_axis(distances, order, found, axis=1)
-        if self.axes is None:
-            distances = distances + rest[:, None]
-        nearest = distances.min(1)
         if self.metric != "whitened":
-            return distances, np.log(np.maximum(nearest, TINY))[:, None]
-        away = points - self.means[distances.argmin(1)]
-        along = (away @ self.wide.T) ** 2
-        typical = ((away**2).sum(1) + rest - along @ (1 - self.factors)) / self.noise
-        odd = typical[:, None] if self.axes is None else np.stack([nearest, typical], 1)
-        return distances, np.log(np.maximum(odd, TINY))
+            return distances, np.log(np.maximum(found[:, :1], TINY))
+        away = np.log(np.maximum(self.geometry.from_any_task(points, rest), TINY))[:, None]
+        if self.geometry.axes is None:
+            return distances + rest[:, None], away
+        return distances, np.concatenate([found[:, :1] - found[:, 1:2], away], 1)
 
 
 def _longest(documents: TaskDocuments) -> npt.NDArray[np.bool_]:

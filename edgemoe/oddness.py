@@ -18,6 +18,7 @@ FALSE_REJECTIONS: Final = 0.05
 
 _NORMAL_QUANTILE = 1.6449  # of 1 - FALSE_REJECTIONS
 _LENGTHS = (64, 256, 1024)  # tokens; thresholds are learned for each class of lengths
+_SHRINKAGE = 10  # a task's mean counts that many pieces of all tasks as its own
 _LEAST_PIECES = 10  # a class of lengths with fewer joins its neighbour
 
 
@@ -31,8 +32,10 @@ class Oddness:
         Tokens of the shortest piece seen.
     log_tokens : float [C]
         Typical length of each class of lengths, ascending; empty where too few documents are stored.
-    mean, deviation : float [C, F]
-        Of the features of pieces in that class.
+    mean : float [C, T, F]
+        Of the features of pieces in that class, by their nearest task: some tasks are of one kind, some of many.
+    deviation : float [C, F]
+        Standard deviation from those means.
     threshold : float [C]
         Sum of standardised features that `FALSE_REJECTIONS` of pieces exceed.
     """
@@ -44,34 +47,44 @@ class Oddness:
     threshold: Floats
 
     @classmethod
-    def of(cls, tokens: Floats, features: Floats) -> Oddness:
-        """Learn from pieces of known length [P] and their features [P, F], measured by a matcher without them."""
+    def of(cls, tokens: Floats, nearest: Indices, features: Floats, n_tasks: int) -> Oddness:
+        """Learn from pieces of known length [P], their nearest tasks [P] and features [P, F], measured without them."""
         length = np.searchsorted(_LENGTHS, tokens, side="right")
         classes = _merged([np.flatnonzero(length == place) for place in range(len(_LENGTHS) + 1)])
         rows = []
         for chosen in classes:
-            mean, deviation = features[chosen].mean(0), features[chosen].std(0, ddof=1) + 1e-6
-            scores = ((features[chosen] - mean) / deviation).sum(1)
-            rows.append((np.log(tokens[chosen]).mean(), mean, deviation, _upper(scores)))
+            mean = _means(features[chosen], nearest[chosen], n_tasks)
+            away = features[chosen] - mean[nearest[chosen]]
+            deviation = away.std(0, ddof=1) + 1e-6
+            rows.append((np.log(tokens[chosen]).mean(), mean, deviation, _upper((away / deviation).sum(1))))
         width = features.shape[1]
         return cls(
             shortest=int(tokens.min()) if len(tokens) else 0,
             log_tokens=np.array([row[0] for row in rows]),
-            mean=np.array([row[1] for row in rows]).reshape(-1, width),
+            mean=np.array([row[1] for row in rows]).reshape(-1, n_tasks, width),
             deviation=np.array([row[2] for row in rows]).reshape(-1, width),
             threshold=np.array([row[3] for row in rows]),
         )
 
-    def judge(self, features: Floats, n_tokens: int) -> tuple[float, float]:
+    def judge(self, features: Floats, nearest: int, n_tokens: int) -> tuple[float, float]:
         """Oddness of a text and the threshold for its length, interpolated over the logarithm of lengths."""
         if not len(self.log_tokens):
             return 0.0, float("inf")
         at = np.log(n_tokens)
-        columns = range(self.mean.shape[1])
-        mean = np.array([np.interp(at, self.log_tokens, self.mean[:, c]) for c in columns])
+        columns = range(self.mean.shape[2])
+        mean = np.array([np.interp(at, self.log_tokens, self.mean[:, nearest, c]) for c in columns])
         deviation = np.array([np.interp(at, self.log_tokens, self.deviation[:, c]) for c in columns])
         oddness = ((features[-len(mean) :] - mean) / deviation).sum()
         return float(oddness), float(np.interp(at, self.log_tokens, self.threshold))
+
+
+def _means(features: Floats, nearest: Indices, n_tasks: int) -> Floats:
+    """Mean features of each task's pieces [T, F], drawn towards the mean of all."""
+    total = np.zeros((n_tasks, features.shape[1]))
+    np.add.at(total, nearest, features)
+    count = np.bincount(nearest, minlength=n_tasks)[:, None]
+    means: Floats = (total + _SHRINKAGE * features.mean(0)) / (count + _SHRINKAGE)
+    return means
 
 
 def _merged(classes: list[Indices]) -> list[Indices]:

@@ -2,18 +2,138 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TINY", "Metric", "ledoit_wolf", "plane_of_means", "span_of", "to_points"]
+__all__ = ["TINY", "Geometry", "Metric", "Space", "ledoit_wolf", "plane_of_means", "span_of", "to_points"]
 
 Metric = Literal["whitened", "hellinger", "l2", "l2-normalised", "cosine"]
 Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 
 TINY: Final = 1e-12
 """Least value that a number is divided by or whose logarithm is taken."""
+
+_WIDE_DIRECTIONS = 32
+_TYPICAL_SHRINKAGE = 0.9  # nearly a plain distance: what is new may lie in any direction
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """Where the tasks' means are, and what distance means.
+
+    Attributes
+    ----------
+    means : float [T, D]
+    axes : float [A, D] or None
+        Directions whose coordinates are compared, None for all.
+    wide, factors : float [W, D], [W]
+        Directions in which documents of a task differ most, and the factor on squared distances along them.
+    noise : float
+        Variance that divides squared distances in all other directions.
+    """
+
+    means: Floats
+    axes: Floats | None
+    wide: Floats
+    factors: Floats
+    noise: float
+
+    def compared(self, points: Floats) -> Floats:
+        """Coordinates in which points [P, D] are compared, [P, A or D]."""
+        coordinates: Floats = points if self.axes is None else points @ self.axes.T
+        return coordinates
+
+    def from_any_task(self, points: Floats, rest: Floats) -> Floats:
+        """Squared distances [P] from the nearest mean in all directions, in variances of documents within tasks.
+
+        `rest` [P] is the squared length of each point's part outside of the space.
+        """
+        squares = (points**2).sum(1)[:, None] + (self.means**2).sum(1) - 2 * points @ self.means.T
+        along = (points @ self.wide.T)[:, None] - self.means @ self.wide.T
+        return (np.maximum(squares - along**2 @ (1 - self.factors), 0.0).min(1) + rest) / self.noise
+
+
+@dataclass(slots=True, eq=False)
+class Space:
+    """Where points are while a matcher is fitted.
+
+    Documents span few of the L * N directions, and whatever is fitted lies within those, so it is fitted there. That
+    is exact; with 480 documents of 6144 numbers it takes about a second instead of minutes.
+
+    Attributes
+    ----------
+    metric : Metric
+    whiten : bool
+        Whether documents suffice to estimate the spread within tasks.
+    n_dims : int
+        L * N.
+    basis : float [R, D] or None
+        Orthonormal directions in use; None for all.
+    origin : float [D]
+    """
+
+    metric: Metric
+    whiten: bool
+    n_dims: int = 0
+    basis: Floats | None = None
+    origin: Floats = field(default_factory=lambda: np.zeros(0))
+
+    def span(self, shares: npt.NDArray[np.floating]) -> None:
+        """Use the directions that these documents span."""
+        points = to_points(shares, self.metric)
+        self.origin = points.mean(0)
+        points -= self.origin
+        self.basis = span_of(points)
+
+    def place(self, shares: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
+        """Points [P, R] of shares [P, L, N], and the squared length of what is outside of the space [P]."""
+        points = to_points(shares, self.metric)
+        self.n_dims = points.shape[1]
+        if self.basis is None:
+            return points, np.zeros(len(points))
+        points -= self.origin
+        inside = points @ self.basis.T
+        return inside, np.maximum((points**2).sum(1) - (inside**2).sum(1), 0.0)
+
+    def fit(self, points: Floats, task: Indices) -> Geometry:
+        """Means of tasks 0, 1, ... and, to whiten, the spread around them."""
+        n_tasks = int(task.max()) + 1
+        means = np.stack([points[task == place].mean(0) for place in range(n_tasks)])
+        plain = Geometry(means, None, np.empty((0, points.shape[1])), np.empty(0), 1.0)
+        if not self.whiten:
+            return plain
+        away = points - means[task]
+        spread = away.T @ away / (len(points) - n_tasks)
+        level = np.trace(spread) / self.n_dims
+        if level <= TINY:
+            return plain
+        shrinkage = ledoit_wolf(away, self.n_dims)
+        variances, directions = np.linalg.eigh(spread)
+        variances = np.maximum(variances, 0.0)
+        noise = _TYPICAL_SHRINKAGE * level
+        wide = slice(-1, -1 - _WIDE_DIRECTIONS, -1)
+        return replace(
+            plain,
+            axes=plane_of_means(means, directions, (1 - shrinkage) * variances + shrinkage * level),
+            wide=directions[:, wide].T,
+            factors=noise / ((1 - _TYPICAL_SHRINKAGE) * variances[wide] + noise),
+            noise=noise,
+        )
+
+    def lifted(self, geometry: Geometry) -> Geometry:
+        """Give the same among all L * N directions."""
+        if self.basis is None:
+            return geometry
+        return replace(
+            geometry,
+            means=self.origin + geometry.means @ self.basis,
+            axes=None if geometry.axes is None else geometry.axes @ self.basis,
+            wide=geometry.wide @ self.basis,
+        )
 
 
 def to_points(shares: npt.NDArray[np.floating], metric: Metric) -> Floats:
