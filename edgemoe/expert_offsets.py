@@ -88,5 +88,5 @@ def check_offsets(header: GGUFHeader, n_expert: int) -> None:
             what = f"says {found[number]} for expert tensor {number + 1}, where the tensor table says {numbers[number]}"
         raise ModelFileError(
             f"{header.path} has an index of experts that disagrees with its {len(numbers)} expert tensors: {key}"
-            f" {what}; the file is damaged or another program rewrote it, make it again with edgemoe convert align"
+            f" {what}; the file is damaged, or another program rewrote it and has to leave {OFFSETS} and {STRIDES} out"
         )

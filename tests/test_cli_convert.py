@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import pytest
@@ -18,6 +20,8 @@ from tiny_models import write_tiny_model
 
 from edgemoe.cli import main
 from edgemoe.cli.convert import VERBS, command
+from edgemoe.converters.align import ALIGNMENT
+from edgemoe.converters.gguf_file import GgufFile
 from edgemoe.converters.verify import verify
 from edgemoe.fingerprint import fingerprint
 from edgemoe.index import read_index
@@ -87,10 +91,27 @@ def test_align(tmp_path: Path) -> None:
     output = tmp_path / "aligned.gguf"
     result = edgemoe("convert", "align", TINY_MOE, "-o", output)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert "every tensor starts on a page of 16,384 bytes" in result.stderr
+    assert f"every tensor starts on a page of {ALIGNMENT:,} bytes" in result.stderr
     assert "start on a page of this machine: 0% before, 85% now." in result.stderr
     assert "their size is no multiple of a page" in result.stderr
     assert read_index(output).aligned_slabs == pytest.approx(0.85, abs=0.01)
+
+
+def test_ctrl_c_keeps_what_is_complete(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "aligned.gguf"
+
+    def interrupted(self: object, name: str, chunks: Iterable[bytes]) -> None:
+        if name == "blk.1.ffn_up_exps.weight":
+            raise KeyboardInterrupt
+        write(self, name, chunks)
+
+    write = GgufFile.write
+    with mock.patch.object(GgufFile, "write", interrupted):
+        result = edgemoe("convert", "align", model, "-o", output)
+    assert result.exit_code == 130 and "The same command goes on" in result.stderr
+    assert not output.exists() and (tmp_path / "aligned.gguf.partial").exists()
+    assert edgemoe("convert", "align", model, "-o", output).exit_code == 0
+    assert verify(model, output).same
 
 
 def test_align_in_the_order_of_a_task(model: Path, store: Path, tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import click
 
 from edgemoe.cli.verbs import Verbs
+
+__all__ = ["VERBS", "command", "writing"]
 
 VERBS = {
     "hf": "Make a GGUF of a Hugging Face checkpoint.",
@@ -26,3 +31,16 @@ def command() -> None:
 
     The output has its name only when it is complete. Stopped, the same command goes on where it was.
     """  # noqa: D301 (click wants the character)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[Callable[[int, int], None]]:
+    """Show how far a file is, given bytes done and their total; when it is stopped, say how to go on."""
+    from edgemoe.cli import ui
+
+    with ui.Loading(shown=True, what="writing") as bar:
+        try:
+            yield bar.progress
+        except KeyboardInterrupt:
+            ui.note("Stopped. The same command goes on with the tensors that are missing.")
+            raise

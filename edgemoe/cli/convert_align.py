@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgemoe.cli import options
+from edgemoe.cli.convert import writing
 
 
 @click.command("align")
@@ -34,8 +35,8 @@ def command(model: Path, output: Path, order: str | None, store: Path | None, fo
     beside = output.with_name(f"{output.stem}-{order}.pattern")
     if pattern is not None and beside.exists() and not force:
         raise ConvertError(f"{beside} exists already; give another output, or --force to replace it")
-    with ui.Loading(shown=True, what="writing") as writing:
-        after = align(model, output, pattern=pattern, force=force, on_progress=writing.progress)
+    with writing() as progress:
+        after = align(model, output, pattern=pattern, force=force, on_progress=progress)
     ui.note(f"{output}: every tensor starts on a page of {ALIGNMENT:,} bytes, with an index of the experts.")
     shares = f"{before.aligned_slabs:.0%} before, {after.aligned_slabs:.0%} now"
     ui.note(f"Experts' parts that start on a page of this machine: {shares}.")

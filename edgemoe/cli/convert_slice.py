@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgemoe.cli import options
+from edgemoe.cli.convert import writing
 
 
 @click.command("slice")
@@ -39,8 +40,8 @@ def command(model: Path, task: str, keep: str, output: Path, store: Path | None,
             f"{output} will have {planned.chosen} experts and {planned.file_size:,} bytes"
             f" ({format_bytes(planned.file_size)} of {format_bytes(index.file_bytes)})."
         )
-        with ui.Loading(shown=True, what="writing") as writing:
-            planned.write(output, force=force, on_progress=writing.progress)
+        with writing() as progress:
+            planned.write(output, force=force, on_progress=progress)
     if index.skipped:
         ui.note("Prediction layers, which llama.cpp does not run, keep their first experts.")
     ui.note(f"{output} is written.")
