@@ -2,7 +2,8 @@
 
 For each number of experts M the task's own set is spread over the layers in every way there is, and held against the
 set of the most similar other task, of a middling dissimilar one, of all tasks together, against random sets of the same
-sizes, and against the task's other criteria (PEP-5). Everything follows from stored patterns; no model is needed.
+sizes, against the task's other criteria, and against what the experts' weights alone say (PEP-5). Everything follows
+from stored patterns; no model is needed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "NEAREST",
     "OWN",
     "RANDOM",
+    "WEIGHTS",
     "WRONG",
     "Arm",
     "arms_of",
@@ -39,6 +41,7 @@ NEAREST = "nearest task"
 WRONG = "median-wrong"
 ALL_TASKS = "all tasks"
 RANDOM = "random"
+WEIGHTS = "weights"
 
 SEEDS = (1, 2, 3)
 """Of random sets."""
@@ -87,6 +90,7 @@ def arms_of(
     keeps: Sequence[int],
     *,
     criteria: bool = True,
+    aimer: npt.NDArray[np.float64] | None = None,
 ) -> tuple[Arm, ...]:
     """List what is to be measured on one task's text.
 
@@ -102,6 +106,8 @@ def arms_of(
         Numbers of experts M, mean over layers.
     criteria : bool
         Compare the task's other criteria too.
+    aimer : float64 array [L, N], optional
+        Scores of the experts' weights alone (`edgemoe.weight_scores.aimer`), whatever the task: compared, too.
 
     Returns
     -------
@@ -135,6 +141,10 @@ def arms_of(
         arms += _random(pattern, layers, keep)
         if criteria:
             arms += _criteria(pattern, layers, keep)
+        if aimer is not None:
+            # The paper cuts all layers alike, and its scores are comparable within a layer only.
+            chosen = uniform(aimer, layers, ExpertBudget(per_layer=keep))
+            arms.append(Arm(WEIGHTS, "", "uniform", "aimer", keep, (chosen,)))
     return tuple(arms)
 
 

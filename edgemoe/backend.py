@@ -190,13 +190,15 @@ class Llama(PlainLlama):
         self._said = ""
         yield from super().generate(tokens, *args, **kwargs)
 
-    def match(self, tokens: Sequence[int], *, first: bool = False) -> Match:
+    def match(self, tokens: Sequence[int], said: str = "", *, first: bool = False) -> Match:
         """Say which task a text belongs to; the context is empty afterwards.
 
         Parameters
         ----------
         tokens : sequence of int
             The text; what the context cannot hold is left out.
+        said : str
+            The part of it that counts: what was said, without the words of a chat template. All by default.
         first : bool
             Hear the first router alone, which needs no expert.
 
@@ -209,7 +211,7 @@ class Llama(PlainLlama):
             raise BackendError('the model knows no tasks; open it with experts="auto" or "task"')
         layers = () if first else self.tap.running_layers
         layers = layers or self.index.moe_layers[:1]
-        heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, cut=True)
+        heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, said, cut=True)
         self._rewind(0)
         return self.task_mode.match_of(heard)
 

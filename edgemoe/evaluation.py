@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe.arms import ALL_TASKS, FULL, OWN, RANDOM, Arm
+from edgemoe.arms import ALL_TASKS, FULL, OWN, RANDOM, WEIGHTS, Arm
 from edgemoe.chat import chat_prompt
 from edgemoe.documents import Document
 from edgemoe.errors import DocumentError
@@ -218,7 +218,7 @@ def _summary(group: Sequence[Result]) -> Summary:
 def _quality(result: Result, model: str) -> QualityRow:
     arm, figures = result.arm, result.figures
     size = f"{arm.sets[0].n_expert_used}/{arm.keep}"
-    whose = {FULL: "full", OWN: size, RANDOM: size, ALL_TASKS: f"{size} of all tasks"}
+    whose = {FULL: "full", OWN: size, RANDOM: size, WEIGHTS: size, ALL_TASKS: f"{size} of all tasks"}
     n_tokens = int(figures.tokens.sum()) // len(arm.sets)
     return QualityRow(
         expert_set=whose.get(arm.name, f"{size} of {arm.task}, {arm.name}"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from edgemoe.arms import ALL_TASKS, FULL, NEAREST, OWN, RANDOM, WRONG, Arm
+from edgemoe.arms import ALL_TASKS, FULL, NEAREST, OWN, RANDOM, WEIGHTS, WRONG, Arm
 from edgemoe.evaluation import Result, Summary
 from edgemoe.quality import ALLOCATIONS
 
@@ -212,7 +212,7 @@ def _lines(summaries: Sequence[Summary]) -> dict[tuple[str, str], list[tuple[flo
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for summary in summaries:
         arm = summary.arm
-        if arm.name != FULL and (arm.criterion == main if arm.name == OWN else arm.allocation == best):
+        if arm.name in _COLOURS and (arm.criterion == main if arm.name == OWN else arm.allocation == best):
             lines.setdefault((arm.name, arm.allocation), []).append((arm.keep, 100 * summary.perplexity_change))
     whole = [(summary.arm.keep, 0.0) for summary in summaries if summary.arm.name == FULL]
     return {name: sorted([*points, *whole]) for name, points in lines.items()}
@@ -251,7 +251,7 @@ def _table(*columns: str) -> Table:
 
 
 def _name(arm: Arm) -> str:
-    return f"{arm.name} ({arm.criterion})" if arm.name == OWN else arm.name
+    return f"{arm.name} ({arm.criterion})" if arm.name in (OWN, WEIGHTS) else arm.name
 
 
 def _error(loss: float, standard_error: float | None) -> str:

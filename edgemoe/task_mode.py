@@ -7,7 +7,7 @@ lets every expert be chosen, has the task's set in memory first and evicts it la
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +71,8 @@ class TaskMode:
         Layers whose routers see every token of a prompt.
     keep : Keep, optional
         Experts of a layer on average; by default what the arena holds. In ``task`` mode only.
+    notes : Mapping of str to str, optional
+        What a user should know of a task, as of one that was profiled with another quantization.
 
     Attributes
     ----------
@@ -91,8 +93,10 @@ class TaskMode:
         layers: ExpertLayers,
         running_layers: tuple[int, ...],
         keep: Keep | None = None,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
         self.mode = mode
+        self._notes = dict(notes or {})
         self.active: str | None = None
         self.pinned = False
         self.match: Match | None = None
@@ -127,6 +131,11 @@ class TaskMode:
     def active_set(self) -> ExpertSet | None:
         """Experts of the active task, None for all."""
         return None if self.active is None else self.experts_of(self.active)
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know of the active task."""
+        return None if self.active is None else self._notes.get(self.active)
 
     def pattern(self, task: str) -> Pattern:
         """One of the tasks.
@@ -286,4 +295,5 @@ def open_tasks(
         problem = f" ({found.problems[0]})" if found.problems else ""
         raise PatternError(f"there is no task for {index.name} in {store.folder}{problem}; run edgemoe profile first")
     running = tuple(layer for layer in index.moe_layers if layer != index.n_layer - 1)
-    return TaskMode(experts, found.patterns, layers, running, kept)
+    notes = {pattern.task: note for pattern in found.patterns if (note := pattern.note_for(store.model))}
+    return TaskMode(experts, found.patterns, layers, running, kept, notes)

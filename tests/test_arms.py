@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_patterns import tiny_model, tiny_pattern
 
-from edgemoe.arms import ALL_TASKS, FULL, NEAREST, OWN, RANDOM, WRONG, Arm, arms_of, generalist, tasks_by_similarity
+from edgemoe.arms import (
+    ALL_TASKS,
+    FULL,
+    NEAREST,
+    OWN,
+    RANDOM,
+    WEIGHTS,
+    WRONG,
+    Arm,
+    arms_of,
+    generalist,
+    tasks_by_similarity,
+)
 from edgemoe.errors import BudgetError, PatternError
 from edgemoe.evidence import Source
 from edgemoe.expert_set import ExpertLayers, everything
@@ -39,7 +52,7 @@ TASKS = [pattern(name) for name in NAMES]
 KEEPS = (12, 8, 4)
 
 
-def arms(**options: bool) -> tuple[Arm, ...]:
+def arms(**options: Any) -> tuple[Arm, ...]:
     return arms_of(TASKS[0], TASKS, LAYERS, KEEPS, **options)
 
 
@@ -60,6 +73,15 @@ def test_every_size_has_every_arm() -> None:
         found = [(arm.name, arm.allocation, arm.criterion) for arm in arms() if arm.keep == keep]
         assert len(found) == len(set(found))
         assert set(found) == expected
+
+
+def test_weights_alone_are_an_arm_that_knows_no_task() -> None:
+    aimer = np.arange(LAYERS.n_expert, dtype=np.float64) * np.ones((len(LAYERS.numbers), 1))
+    for keep in KEEPS:
+        (arm,) = (arm for arm in arms(aimer=aimer) if arm.name == WEIGHTS and arm.keep == keep)
+        best = tuple(range(LAYERS.n_expert - keep, LAYERS.n_expert))
+        assert arm.sets[0].kept == (best,) * len(LAYERS.numbers)
+        assert (arm.task, arm.allocation, arm.criterion) == ("", "uniform", "aimer")
 
 
 def test_main_arms_leave_other_criteria_out() -> None:

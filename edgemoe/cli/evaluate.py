@@ -14,6 +14,8 @@ from edgemoe.cli import options
 from edgemoe.errors import BudgetError, DocumentError, PatternError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from rich.table import Table
 
     from edgemoe.arms import Arm
@@ -68,7 +70,7 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
     type=click.Choice(["all", "main"]),
     default="all",
     show_default=True,
-    help="main leaves out the sets that a task's other criteria choose.",
+    help="main leaves out the sets that a task's other criteria, or the weights alone, choose.",
 )
 @options.STORE
 @options.RAM
@@ -126,7 +128,11 @@ def command(
     for task in texts:
         if note := known[task].note_for(patterns.model):
             remark(f"{note}.")
-    plans = {task: arms_of(known[task], tuple(known.values()), layers, keeps, criteria=arms == "all") for task in texts}
+    aimer = _aimer(index, remark) if arms == "all" else None
+    plans = {
+        task: arms_of(known[task], tuple(known.values()), layers, keeps, criteria=arms == "all", aimer=aimer)
+        for task in texts
+    }
     results: list[Result] = []
     with contextlib.ExitStack() as stack:
         write = _writer(csv_file, stack)
@@ -153,6 +159,18 @@ def command(
 
         save_plot(summarise(results), index.n_expert, _title(index, results), plot)
     remark(f"What each task's own text gave is kept with the task in {patterns.folder}; see edgemoe tasks.")
+
+
+def _aimer(index: ExpertIndex, remark: Callable[[str], None]) -> npt.NDArray[np.float64] | None:
+    """Score the experts by their weights; None where those cannot be unpacked."""
+    from edgemoe.errors import ModelFileError
+    from edgemoe.weight_scores import aimer
+
+    try:
+        return aimer(index)
+    except ModelFileError as error:
+        remark(f"Left out, the score by weights alone: {error}.")
+        return None
 
 
 def _check_plot(plot: Path | None) -> None:

@@ -31,9 +31,11 @@ def command(
 ) -> None:
     """Say which task a prompt belongs to, or none.
 
-    PROMPT is read from standard input when it is "-" or left out. The chat template is not applied.
+    PROMPT is read from standard input when it is "-" or left out. It is put through the model's chat template, as the
+    first message of a conversation is.
     """
     from edgemoe.backend import Llama
+    from edgemoe.chat import chat_prompt
     from edgemoe.cli import task_ui, ui
 
     text = read_prompt(prompt)
@@ -52,8 +54,11 @@ def command(
             on_progress=loading.progress,
         ) as llama,
     ):
-        tokens = llama.tokenize(text.encode("utf-8"), add_bos=True, special=True)
-        match = llama.match(tokens, first=first)
+        if llama.index.has_chat_template:
+            tokens = chat_prompt(llama, [{"role": "user", "content": text}])
+        else:
+            tokens = llama.tokenize(text.encode("utf-8"), add_bos=True, special=True)
+        match = llama.match(tokens, text, first=first)
     if json:
         ui.show_json(task_ui.match_document(match))
     else:

@@ -48,4 +48,9 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
                 document = ui.answer_document(llama, answer)
                 ui.show_json({**document, "plan": ui.plan_document(llama.plan)})
             elif talking:
+                if llama.task_mode is not None:
+                    from edgemoe.cli import task_ui
+
+                    ui.err().print()
+                    ui.note(task_ui.mode_line(llama.task_mode))
                 ui.report(llama, answer)

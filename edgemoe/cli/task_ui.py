@@ -137,7 +137,22 @@ def mode_line(mode: TaskMode) -> str:
         parts.append(_cost(mode))
     if mode.switch is not None:
         parts.append(f"{format_bytes(mode.switch.bytes_read)} read in {mode.switch.seconds:.2f} s")
+    if mode.note is not None:
+        parts.append(f"note: {mode.note}")
     return "; ".join(parts)
+
+
+def mode_document(mode: TaskMode) -> dict[str, Any]:
+    """Give the active task as JSON types; null for all experts."""
+    return {
+        "mode": mode.mode,
+        "task": mode.active,
+        "pinned": mode.pinned,
+        "match": None if mode.match is None else match_document(mode.match),
+        "kept": None if mode.active_set is None else list(mode.active_set.sizes),
+        "bytes_read": None if mode.switch is None else mode.switch.bytes_read,
+        "note": mode.note,
+    }
 
 
 def _cost(mode: TaskMode) -> str:

@@ -280,7 +280,7 @@ def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:
     """Give an answer and what it took as JSON types: tokens, seconds, bytes, shares from 0 to 1."""
     store = llama.store
     assert store is not None, "the model is open"
-    return {
+    document = {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "timings": {
@@ -307,6 +307,11 @@ def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:
             "seed": answer.seed,
         },
     }
+    if llama.task_mode is not None:
+        from edgemoe.cli.task_ui import mode_document
+
+        document["task"] = mode_document(llama.task_mode)
+    return document
 
 
 def stream(answer: Answer) -> None:
