@@ -166,7 +166,7 @@ def verify(
 def _experts(path: str | os.PathLike[str], a: StockModel, b: StockModel) -> tuple[ExpertIndex, Experts] | None:
     """Numbers that b's experts have in a, if b was made of a."""
     numbers = b.integers(SOURCE_EXPERTS)
-    if numbers is None or SOURCE_EXPERTS in a.metadata:
+    if numbers is None:
         return None
     index = read_index(path)
     source, stated = fingerprint(index), b.headers[0].metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -217,6 +218,14 @@ def test_progress_goes_up_to_the_whole(tmp_path: Path) -> None:
     align(TINY_MOE, tmp_path / "a.gguf", on_progress=lambda done, total: steps.append((done, total)))
     done = [step for step, _ in steps]
     assert done == sorted(done) and len({total for _, total in steps}) == 1 and steps[-1][0] == steps[-1][1]
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    tracemalloc.start()
+    align(TINY_MOE, tmp_path / "a.gguf")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20, "of a file of 31 MiB"
 
 
 def test_a_source_that_becomes_shorter(tmp_path: Path) -> None:

@@ -96,6 +96,19 @@ def test_as_the_reference_slicer(name: str, tmp_path: Path) -> None:
     assert ours == theirs
 
 
+@pytest.mark.parametrize(("name", "kept"), [("qwen3moe", "4"), ("gpt-oss", "1/2"), ("deepseek2", "8"), ("llama4", "1")])
+def test_sliced_model_in_the_runtime(name: str, kept: str, tmp_path: Path) -> None:
+    """Down to as many experts as a token uses: where all experts are used, the top-k is a plain tensor."""
+    output = tmp_path / "sliced.gguf"
+    cut(model_file(name, tmp_path), output, kept)
+    with opened(output) as llama:
+        answer = greedy(llama, PROMPT, N_DECODED)
+        found, n_ubatch = logits(llama, PROMPT, answer), llama.plan.n_ubatch
+    plain = plain_llama(output, **{**SETTINGS, "n_ubatch": n_ubatch})
+    np.testing.assert_array_equal(found, logits(plain, PROMPT, answer))
+    plain.close()
+
+
 @pytest.mark.parametrize("name", ["qwen3moe", "deepseek2", "gpt-oss"])
 def test_fewer_active_experts(name: str, tmp_path: Path) -> None:
     source, output = model_file(name, tmp_path), tmp_path / "sliced.gguf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from edgemoe.converters.verify import Verification, error_limit, verify
 from edgemoe.errors import ModelFileError
 from edgemoe.gguf_header import read_header
 from edgemoe.index import read_index
-from edgemoe.memory import peak_rss
 
 
 def tiny(folder: Path, name: str = "qwen3moe", **options: object) -> Path:
@@ -147,6 +147,19 @@ def test_ordered_and_sliced_models_are_compared_by_their_former_numbers(tmp_path
         assert not unrelated.same and not unrelated.renumbered
 
 
+def test_a_slice_of_an_ordered_model_is_compared_with_that(tmp_path: Path) -> None:
+    source, ordered = tiny(tmp_path), tmp_path / "ordered.gguf"
+    align(source, ordered, pattern=pattern_of(source))
+    cut(ordered, tmp_path / "sliced.gguf", "8")
+    assert verify(ordered, tmp_path / "sliced.gguf").renumbered
+    assert verify(ordered, tmp_path / "sliced.gguf").same
+    assert not verify(source, tmp_path / "sliced.gguf").same
+    with StockModel(ordered) as model:
+        again = write_copy(model, tmp_path / "copy.gguf", model.metadata, copied_tensors(model, read_index(ordered)))
+    found = verify(ordered, again)
+    assert found.same and not found.renumbered
+
+
 def test_a_false_numbering_is_found(tmp_path: Path) -> None:
     source, sliced = tiny(tmp_path), tmp_path / "sliced.gguf"
     cut(source, sliced, "8")
@@ -194,11 +207,20 @@ def test_nan_is_never_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED_MODELS.exists(), reason="needs the other quantizations of the embedded model")
 def test_a_trained_model_in_two_quantizations() -> None:
-    before = peak_rss()
     found = verify(TINY_MOE, SHARED_MODELS / "tiny-moe-q8_0.gguf")
     assert found.same
     assert sum(tensor.error is not None for tensor in found.tensors) == 57
-    assert peak_rss() - before < 40 << 20
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    wide = {**WIDE, "ff_exp": 512}
+    source, other_type = tiny(tmp_path, **wide), tiny(tmp_path, expert_type="q8_0", **wide)
+    assert source.stat().st_size > 18 << 20
+    tracemalloc.start()
+    assert verify(source, other_type).same and verify(source, source).same
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 << 20
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def command(model: Path, task: str, keep: str, output: Path, store: Path | None,
     """Make a GGUF that has only a task's best experts.
 
     It is PreMoe's pruned model as a file of its own, for plain llama.cpp, ollama or LM Studio. MODEL is a GGUF file, or
-    the first part of a split one.
+    the first part of a split one. All layers keep equally many experts, as a GGUF has one number for all; the sets of
+    --experts task, where layers differ, cost less at the same size.
     """
     from edgemoe.cli import ui
     from edgemoe.converters.slice import plan_slice
