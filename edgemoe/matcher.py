@@ -72,8 +72,8 @@ class Match:
     distance, runner_up_distance : float
         Their distances, in the matcher's metric.
     oddness : float
-        How far the text is from its nearest task, in standard deviations of what documents of stored tasks of that
-        length have from theirs.
+        How much less the text belongs to its nearest task than documents of that length usually do, in standard
+        deviations, added up over what is measured (see `TaskMatcher`).
     threshold : float
         Oddness above which it is rejected; infinite where too few documents are stored to learn one.
     n_tokens : int
@@ -136,9 +136,11 @@ class TaskMatcher:
 
     Distances are to each task's mean. In the default metric, "whitened", square roots of shares are divided by their
     spread within tasks (shrunk after Ledoit and Wolf, 2004) and projected on the plane of the tasks' means.
-    Oddness is how far a text is from its task in that plane, and how far from it in all directions: text between two
-    tasks is odd in the first, text of an unknown kind often in the second. What is usual for a length is
-    learned from the stored documents alone: each is measured by a matcher that was fitted without it (in fifths).
+    Oddness adds up how little nearer the nearest task is than the second in that plane (the less, the odder; squared
+    distances there differ by twice the log-odds of the two tasks), and how far the text is from any task in all
+    directions: text between two tasks is odd in the first, text of an unknown kind often in the second. What is usual
+    for a task and a length is learned from the stored documents alone: each is measured by a matcher that was fitted
+    without it (in fifths).
 
     Parameters
     ----------

@@ -58,6 +58,30 @@ def test_texts_of_no_stored_task_are_rejected_and_others_are_not(n_tokens):
     assert unknown.count(None) >= 0.8 * len(unknown)
 
 
+def test_a_text_between_two_tasks_is_of_neither():
+    matcher = TaskMatcher(stored(1, 2, 3))
+    rng = np.random.default_rng(4)
+    half = (task_routing(1) + task_routing(2)) / 2
+    assert sum(matcher.match(text(half, 512, rng), 512).task is None for _ in range(20)) >= 18
+
+
+@pytest.mark.parametrize("metric", ["whitened", "hellinger"])
+def test_a_task_of_one_kind_takes_less_than_one_of_many(metric):
+    # Every document of task1 is alike, those of task2 lean to one of two sides.
+    rng = np.random.default_rng(2)
+    sides = [0.7 * task_routing(2) + 0.3 * task_routing(side) for side in (5, 6)]
+    diverse = np.stack([text(sides[place % 2], 512, rng) for place in range(40)])
+    alike = rng.multinomial(K * 512, task_routing(1), (40, L)) / (K * 512)
+    tasks = {
+        name: TaskDocuments(shares, np.full(40, 512), np.arange(40))
+        for name, shares in (("task1", alike), ("task2", diverse))
+    }
+    matcher = TaskMatcher(tasks, metric=metric)
+    strange = [0.85 * mean + 0.15 * task_routing(9) for mean in (alike.mean(0), diverse.mean(0))]
+    assert [matcher.match(vector, 512).nearest for vector in strange] == ["task1", "task2"]
+    assert [matcher.match(vector, 512).task for vector in strange] == [None, "task2"]
+
+
 def test_a_short_text_is_not_held_to_the_distances_of_a_long_one():
     matcher = TaskMatcher(stored(1, 2, 3))
     one_length = TaskMatcher({f"task{seed}": documents(seed, 20, (512,)) for seed in (1, 2, 3)})
