@@ -20,12 +20,12 @@ from edgemoe.evidence import DocumentShares
 from edgemoe.fingerprint import ModelFingerprint, fingerprint
 from edgemoe.routed_shares import place_of, routed_shares
 from edgemoe.score import CRITERIA, score
-from edgemoe.trace import RoutedTokens, RouterTrace, top_k
+from edgemoe.trace import ExpertOutputs, RoutedTokens, RouterTrace, top_k
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
 
-__all__ = ["Piece", "Spool", "pieces_of", "record", "scores_of", "shares_of"]
+__all__ = ["Piece", "Spool", "compile_kernels", "pieces_of", "record", "scores_of", "shares_of"]
 
 FEW_DOCUMENTS = 5
 """Below this a pattern says more about the documents than about the task (PEP-8; PreMoe v3, calibration samples)."""
@@ -110,6 +110,18 @@ class Spool:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npz"
+
+
+def compile_kernels(n_expert: int) -> None:
+    """Have numba compile all that recording and scoring call for a model of so many experts.
+
+    It takes some 90 MiB that stay: before a plan is made, which counts what the process holds.
+    """
+    one = np.zeros((1, 1, 1), np.float32)
+    outputs = ExpertOutputs(np.zeros((1, 1, 1), np.int32), one, one, one[:, :, 0])
+    routed = top_k(RouterTrace((0,), np.zeros((1, 1, n_expert), np.float32), outputs), 1)
+    for name in ("peu", "easy-ep"):
+        score([routed], CRITERIA[name])
 
 
 def pieces_of(llama: Llama, document: Document, n_answer: int) -> Iterator[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,40 @@ def test_vm_hwm_stays_below_the_budget_too() -> None:
     command = [sys.executable, "-c", MEASURED, *EDGEMOE, "run", str(TINY_MOE), *options, PROMPT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert int(done.stderr.split()[-1]) < budget
+
+
+TALK = [
+    f"Tom has {n} apples and buys {3 * n} more. How many apples does he have in the end, and how many does each of his"
+    f" {n} friends get when he gives all of them away?"
+    for n in range(2, 8)
+]
+
+
+def peak_at_the_floor(*arguments: object, text: str = "") -> tuple[int, int]:
+    """The smallest budget that a verb takes, and 3 MiB, and the peak of a run with it; bytes."""
+    command = [*EDGEMOE, *map(str, arguments), "--threads", "1", "--ram"]
+    refused = subprocess.run([*command, "1MiB"], capture_output=True, text=True, input=text, timeout=300)
+    found = re.search(r"give --ram (\d+)MiB", refused.stderr)
+    assert found is not None, refused.stderr
+    budget = (int(found[1]) + 3) * MIB
+    measured = [sys.executable, "-c", MEASURED, *command, str(budget)]
+    done = subprocess.run(measured, capture_output=True, text=True, input=text, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return budget, int(done.stderr.split()[-1])
+
+
+def test_profiling_and_matching_stay_below_the_budget_too(tmp_path: Path) -> None:
+    """Compiling the kernels, measuring layers and scikit-learn are all part of it."""
+    (tmp_path / "maths.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TALK))
+    store = ("--store", tmp_path / "tasks")
+    profile = ("profile", TINY_MOE, tmp_path / "maths.jsonl", "--task", "maths", "--ctx", 128, *store)
+    for verb, text in (
+        (profile, ""),
+        (("match", TINY_MOE, "-", *store), TALK[0]),
+        (("chat", TINY_MOE, "--experts", "auto", "--ctx", 512, "--max-tokens", 8, *store), "\n".join(TALK[:2])),
+    ):
+        budget, peak = peak_at_the_floor(*verb, text=text)
+        assert peak < budget, verb[0]
 
 
 def test_a_thousand_tokens_at_the_floor_do_not_grow() -> None:

@@ -67,13 +67,13 @@ def command(
     object with "text", "prompt" (or "question") and "answer", or "messages"; any other file is one document. Some tens
     of documents are enough. The same command goes on where it was stopped.
     """
-    import edgemoe.score_kernels  # noqa: F401  (before the plan, which counts what this process holds)
     from edgemoe.cli import task_ui, ui
     from edgemoe.documents import read_documents
     from edgemoe.evidence import check_task_name
     from edgemoe.fingerprint import fingerprint
     from edgemoe.index import read_index
     from edgemoe.patterns import PatternStore
+    from edgemoe.profiling import compile_kernels
 
     check_task_name(task)
     reader = read_documents(text)
@@ -83,8 +83,10 @@ def command(
     remark: Callable[[str], None] = (lambda _: None) if quiet or json else ui.note
     if reader.n_empty:
         remark(f"{reader.n_empty} empty documents were skipped.")
+    compile_kernels(index.n_expert)
     with ui.Loading(shown=not quiet) as loading:
-        llama = options.open_for_text(model, ram, ctx, threads, io, _reserved(index, ctx), loading.progress)
+        reserved = _reserved(index, ctx, not no_curves)
+        llama = options.open_for_text(model, ram, ctx, threads, io, reserved, loading.progress)
     with llama, task_ui.Steps(shown=not quiet) as steps:
         pattern = _profile(llama, documents, patterns, task, answers or 0, not no_curves, steps, remark)
     if json:
@@ -94,15 +96,18 @@ def command(
     remark(f"saved as {patterns.path(task)}")
 
 
-def _reserved(index: ExpertIndex, ctx: int) -> tuple[PlanLine, ...]:
-    """Memory for one batch of traces, and for two pieces of text."""
+def _reserved(index: ExpertIndex, ctx: int, with_curves: bool) -> tuple[PlanLine, ...]:
+    """Memory for one batch of traces, for two pieces of text, and for measuring what layers lose."""
+    from edgemoe.perplexity import measuring_bytes
     from edgemoe.plan import PlanLine
     from edgemoe.router_tap import trace_memory
 
     pieces = 2 * ctx * len(index.moe_layers) * 20 * max(index.n_expert_used)
+    measuring = measuring_bytes(ctx, index.n_vocab) if with_curves else 0
     return (
         trace_memory(index, min(ctx, 512), outputs=True),
         PlanLine("routed tokens", pieces, "what is kept of a piece of text, while it is scored"),
+        PlanLine("full model's answers", measuring, "what cut layers are compared with, one piece of text"),
     )
 
 
