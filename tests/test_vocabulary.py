@@ -123,7 +123,8 @@ def test_any_text_sentencepiece(
     llama, pieces = mixtral_llama
     tokens = tokens_of(llama, text)
     assert tokens == pieces.encode(text)
-    assert bytes_of(llama, tokens) == (b" " + text.encode() if text else b"")
+    # SentencePiece does not tell the sign that it writes for a space from a space.
+    assert bytes_of(llama, tokens) == (f" {text}".replace("▁", " ").encode() if text else b"")
 
 
 def write_sentencepiece_json(folder: Path, model: bytes, **changes: Any) -> Tokenizer:
