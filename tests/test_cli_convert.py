@@ -27,6 +27,8 @@ from edgemoe.fingerprint import fingerprint
 from edgemoe.index import read_index
 from edgemoe.patterns import PatternStore
 
+ROOT = Path(__file__).resolve().parent.parent
+
 HELP = """\
 Usage: edgemoe convert [OPTIONS] COMMAND [ARGS]...
 
@@ -197,6 +199,15 @@ def test_where_the_experts_are(model: Path, tmp_path: Path) -> None:
         assert (tensor["name"], tensor["stride"], tensor["file"]) == (expected.name, expected.slab_bytes, str(aligned))
         assert tensor["offsets"] == [expected.offset + i * expected.slab_bytes for i in range(16)]
     assert "expert_offsets" not in json.loads(edgemoe("inspect", aligned, "--json").stdout)
+
+
+def test_the_documented_way_to_find_an_expert(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edgemoe("convert", "align", model, "-o", tmp_path / "aligned.gguf")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec((ROOT / "docs" / "gguf-keys.md").read_text().split("```python\n")[1].split("```")[0], found)
+    first = read_index(Path("aligned.gguf")).experts[0]
+    assert found["start"] == first.offset + 5 * first.slab_bytes
 
 
 def test_where_the_experts_of_a_split_model_are(tmp_path: Path) -> None:
