@@ -319,9 +319,13 @@ class GgufFile:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Another process may have given it its final name since it was opened.
+            mine = os.path.samestat(os.fstat(self._fd), self.partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
             self._release()  # and leave the other's file alone
-            raise ConvertError(f"{self.partial} is being written by another process; wait for it to end") from None
+            raise ConvertError(f"{self.partial} is being written by another process; wait for it to end")
 
     def _plan(self, sources: Sequence[Path]) -> bytes:
         plan = hashlib.sha256(self._layout.header)

@@ -331,6 +331,21 @@ def test_two_processes_cannot_write_the_same_file(tmp_path: Path) -> None:
     assert partial.read_bytes() == before
 
 
+def test_what_another_process_finished_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    partial = partial_file(path)
+    before = partial.read_bytes()
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        partial.rename(path)
+        real(fd, operation)
+
+    with mock.patch.object(gguf_file.fcntl, "flock", flock):
+        assert "another process" in refusal(path)
+    assert path.read_bytes() == before
+
+
 def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     huge = tensor("a", (1 << 40, 1 << 10))
     message = refusal(tmp_path / "m.gguf", [huge])
