@@ -184,7 +184,6 @@ class GgufFile:
         force: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(f"{self.path.name}.partial")
         self._force = force
         self._layout = lay_out(metadata, tensors, alignment=alignment)
         self._tensors = tuple(tensors)
@@ -193,8 +192,9 @@ class GgufFile:
         self._unsynced: list[str] = []
         self._unsynced_bytes = 0
         self._fd = -1
-        self._check_target(sources)
         plan = self._plan(sources)
+        self._check_target(sources)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
         with self._errors():
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:

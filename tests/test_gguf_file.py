@@ -314,6 +314,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     source.write_bytes(b"weights")
     assert "is what is to be converted" in refusal(source, sources=[source], force=True)
     assert "is a directory" in refusal(tmp_path, force=True)
+    assert "is a directory" in refusal(Path())
     assert "missing is not a directory" in refusal(tmp_path / "missing" / "m.gguf")
     assert "is not a regular file" in refusal(Path("/dev/null"), force=True)
     assert "cannot be read" in refusal(tmp_path / "m.gguf", sources=[tmp_path / "gone"])
