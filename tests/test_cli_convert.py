@@ -231,6 +231,7 @@ def test_bad_input_is_one_sentence(model: Path, store: Path, tmp_path: Path) -> 
     assert "is no number of experts to keep" in refusal("slice", model, "--keep", "many", *slicing)
     assert "is what is to be converted" in refusal("align", model, "-o", model, "--force")
     assert "is a directory" in refusal("align", model, "-o", tmp_path)
+    assert "is a directory" in refusal("align", model, "-o", ".")
     assert "is not a GGUF file" in refusal("verify", model, text)
     assert not output.exists() and not list(tmp_path.glob("*.partial"))
     output.write_bytes(b"mine")

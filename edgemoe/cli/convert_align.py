@@ -32,7 +32,7 @@ def command(model: Path, output: Path, order: str | None, store: Path | None, fo
 
     before = read_index(model)
     pattern = None if order is None else PatternStore(fingerprint(before), store).load(order)
-    beside = output.with_name(f"{output.stem}-{order}.pattern")
+    beside = output.parent / f"{output.stem}-{order}.pattern"
     if pattern is not None and beside.exists() and not force:
         raise ConvertError(f"{beside} exists already; give another output, or --force to replace it")
     with writing() as progress:
