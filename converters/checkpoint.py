@@ -195,7 +195,8 @@ class Checkpoint:
                 f"{tensor} holds bytes, not weights; this way of quantizing it is not known, use another checkpoint"
             )
         else:
-            values = raw.astype(np.float32, copy=False)
+            with np.errstate(over="ignore"):  # what is too large for float32 is found below
+                values = raw.astype(np.float32, copy=False)
         # The smallest and the largest are NaN if any is.
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
             raise ConvertError(

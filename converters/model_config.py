@@ -95,7 +95,7 @@ class ModelConfig:
         """Refuse every value but the one that llama.cpp computes with."""
         value = self._find((name,), default)
         if value != allowed:
-            self.refuse(f"has {name} {show(str(value))}, but llama.cpp computes this family with {allowed} only")
+            self.refuse(f"has {name} {show(str(value))}, but llama.cpp computes {allowed} only; it cannot be converted")
 
     @property
     def rope_type(self) -> str:
