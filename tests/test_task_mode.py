@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from tiny_patterns import random_documents, tiny_model, tiny_pattern
 
 from edgemoe.allocation import ExpertBudget, by_mass, mass_share, measured, uniform
 from edgemoe.backend import Llama
-from edgemoe.chat import ChatSession, Sampling
+from edgemoe.chat import ChatSession, Sampling, chat_prompt
 from edgemoe.documents import Document
 from edgemoe.errors import BackendError, BudgetError, PatternError, PromptError
 from edgemoe.evidence import Source
@@ -300,8 +301,13 @@ def test_another_models_tasks_are_none_and_another_quantizations_are_welcome(tin
     folder = stored(tiny, tmp_path / "tasks")
     with pytest.raises(PatternError, match=r"whose experts are not those of .*; run edgemoe profile first"):
         open_tasks(read_index(stranger), "auto", None, None, folder)
-    found = open_tasks(read_index(small), "auto", None, None, folder)
-    assert found is not None and found.names == ("law", "maths")
+    for path, said in ((small, r"task 'law' was profiled with .* and serves .*: the ranking holds"), (tiny, None)):
+        found = open_tasks(read_index(path), "auto", None, None, folder)
+        assert found is not None and found.names == ("law", "maths") and found.note is None
+        residency: Any = Recorded()
+        found.attach(residency, plan(1 << 30))
+        found.pin("law")
+        assert found.note is None if said is None else re.match(said, found.note or "")
 
 
 # ---------------------------------------------------------------- what the model computes
@@ -435,6 +441,18 @@ def test_prompts_longer_than_the_context(tasks: Path) -> None:
             llama.create_completion(long, max_tokens=4)
         assert mode.active is None and mode.match is None
         assert llama.create_completion(text_of("maths", 1)[:60], max_tokens=2)["choices"]
+
+
+def test_what_was_said_is_matched_without_the_words_around_it(tasks: Path) -> None:
+    """TAER-3: as the first message of a conversation is heard, so is a prompt that is only asked about."""
+    question = text_of("german", 3)
+    with served(tasks, "auto") as (llama, mode):
+        found = llama.match(chat_prompt(llama, [{"role": "user", "content": question}]), question, first=True)
+        whole = llama.match(chat_prompt(llama, [{"role": "user", "content": question}]), first=True)
+        assert found.n_tokens == len(llama.tokenize(question.encode(), add_bos=False)) - 2 < whole.n_tokens
+        ChatSession(llama, Sampling(1, 0.0, 1)).ask(question).drain()
+        assert mode.match is not None and mode.match.n_tokens == found.n_tokens
+        assert found.nearest == "german"
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "granitehybrid", "gpt-oss", "deepseek2"])
