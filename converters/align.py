@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgemoe.converters.copied_model import CopiedTensor, Experts, copied_tensors, provenance, with_index, write_copy
-from edgemoe.converters.gguf_file import RawValue, Value
+from edgemoe.converters.gguf_layout import RawValue, Value
 from edgemoe.converters.stock_model import StockModel
 from edgemoe.errors import ConvertError
 from edgemoe.expert_offsets import EXPERT_NAME, has_offsets

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from edgemoe.converters.gguf_file import GgufFile, Metadata, RawValue, TensorInfo, Value, lay_out
+from edgemoe.converters.gguf_file import GgufFile
+from edgemoe.converters.gguf_layout import Metadata, RawValue, TensorInfo, Value, lay_out
 from edgemoe.converters.stock_model import StockModel
 from edgemoe.errors import ConvertError
 from edgemoe.expert_offsets import OFFSETS, STRIDES, expert_offsets
@@ -130,7 +131,7 @@ def copied_tensors(model: StockModel, index: ExpertIndex, experts: Experts | Non
     for name, tensor in model.tensors.items():
         if _NUMBERED.fullmatch(name):
             raise ConvertError(
-                f"{path} has tensor {name}, which ties experts to their numbers ({index.architecture}); keep them all and"
+                f"{path} has tensor {name}, which ties experts to their numbers ({index.architecture}); keep all experts"
                 " in their order"
             )
         found = _BY_EXPERT.fullmatch(name)

@@ -17,7 +17,7 @@ from gguf.constants import GGUFValueType, Keys
 
 from edgemoe.allocation import ExpertBudget, uniform
 from edgemoe.converters.copied_model import CopiedTensor, copied_tensors, provenance, with_index, write_copy
-from edgemoe.converters.gguf_file import RawValue, Value, lay_out
+from edgemoe.converters.gguf_layout import RawValue, Value, lay_out
 from edgemoe.converters.stock_model import StockModel
 from edgemoe.errors import BudgetError
 from edgemoe.expert_offsets import OFFSETS, STRIDES, has_offsets
@@ -40,7 +40,7 @@ class Slice:
     chosen : ExpertSet
         Experts of it that are kept.
     metadata, tensors, alignment
-        Of the new file, see `gguf_file.lay_out`.
+        Of the new file, see `gguf_layout.lay_out`.
     """
 
     model: StockModel

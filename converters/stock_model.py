@@ -10,7 +10,7 @@ from types import TracebackType
 
 from gguf.constants import GGUFValueType, Keys
 
-from edgemoe.converters.gguf_file import RawValue
+from edgemoe.converters.gguf_layout import RawValue
 from edgemoe.errors import ModelFileError
 from edgemoe.gguf_header import GGUFHeader, TensorInfo, scalar_layouts
 from edgemoe.split_files import read_headers

@@ -26,7 +26,7 @@ from edgemoe.converters.copied_model import (
     Experts,
     copied_tensors,
 )
-from edgemoe.converters.gguf_file import TensorInfo
+from edgemoe.converters.gguf_layout import TensorInfo
 from edgemoe.converters.stock_model import StockModel
 from edgemoe.fingerprint import fingerprint
 from edgemoe.ggml_types import type_blocks, type_name

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_bytes import gguf_bytes, moe_metadata, moe_tensors
+from gguf_bytes import TYPE_FUTURE, gguf_bytes, moe_metadata, moe_tensors
 from plain_llama import TINY_MOE, greedy, logits, plain_llama
 from test_masked_routing import F32_CACHE, LIMITED, SETTINGS, TOLERANCE, TRAINED, UNLIMITED, model_file, opened
 from tiny_models import TINY_ARCHITECTURES, write_tiny_model
@@ -186,7 +186,10 @@ def test_bad_input(tmp_path: Path) -> None:
     dense = tmp_path / "dense.gguf"
     dense.write_bytes(gguf_bytes(moe_metadata(), moe_tensors()[:1]))
     assert "dense model" in refusal(dense, output)
-    assert not output.exists()
+    future = tmp_path / "future.gguf"
+    future.write_bytes(gguf_bytes(moe_metadata(), moe_tensors(kind=TYPE_FUTURE)))
+    assert "type 99, which this edgemoe does not know" in refusal(future, output)
+    assert not list(tmp_path.glob("o.gguf*"))
     output.write_bytes(b"mine")
     assert "exists already" in refusal(source, output)
     assert output.read_bytes() == b"mine"

@@ -18,7 +18,7 @@ from tiny_models import EXPERT_TYPES, WIDE, write_tiny_model
 
 from edgemoe.converters.align import align
 from edgemoe.converters.copied_model import SOURCE_EXPERTS, copied_tensors, write_copy
-from edgemoe.converters.gguf_file import RawValue, Value
+from edgemoe.converters.gguf_layout import RawValue, Value
 from edgemoe.converters.stock_model import StockModel
 from edgemoe.converters.verify import Verification, error_limit, verify
 from edgemoe.errors import ModelFileError
