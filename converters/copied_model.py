@@ -131,8 +131,8 @@ def copied_tensors(model: StockModel, index: ExpertIndex, experts: Experts | Non
     for name, tensor in model.tensors.items():
         if _NUMBERED.fullmatch(name):
             raise ConvertError(
-                f"{path} has tensor {name}, which ties experts to their numbers ({index.architecture}); keep all experts"
-                " in their order"
+                f"{path} has tensor {name}, which ties experts to their numbers ({index.architecture}); keep all in"
+                " their order"
             )
         found = _BY_EXPERT.fullmatch(name)
         if not found or (tensor.shape == (1,) and n_expert > 1):
