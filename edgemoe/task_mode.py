@@ -161,6 +161,15 @@ class TaskMode:
         everything_fits = plan.resident_share == 1.0
         if self._keep is None:
             wanted = one_each * self._layers.n_expert if everything_fits else plan.arena_bytes
+            least = _floor_bytes(self._layers)
+            if self.mode == "task" and wanted < least:
+                needed = plan.budget.bytes + least - plan.arena_bytes
+                raise BudgetError(
+                    f"--experts task holds at least {format_bytes(least)} of experts, as many as routing needs in all"
+                    f" layers, but {plan.budget.reason} leaves {format_bytes(plan.arena_bytes)}; give --ram"
+                    f" {-(-needed // 2**20)}MiB, or --experts auto",
+                    needed=needed,
+                )
         else:
             # M experts of each layer on average, whichever layers they are in.
             wanted = one_each * self._keep.m
@@ -252,8 +261,12 @@ class TaskMode:
         assert self._budget.n_bytes is not None
         mass = pattern.scores[pattern.criterion]
         most = mass_share(np.maximum(mass, 0), self._layers, WARM_SHARE).n_bytes(self._layers.expert_bytes)
-        least = sum(k * size for k, size in zip(self._layers.floor, self._layers.expert_bytes, strict=True))
-        return ExpertBudget(n_bytes=max(least, min(round(self._budget.n_bytes * part), most)))
+        return ExpertBudget(n_bytes=max(_floor_bytes(self._layers), min(round(self._budget.n_bytes * part), most)))
+
+
+def _floor_bytes(layers: ExpertLayers) -> int:
+    """Add up what the fewest experts take that routing needs in every layer."""
+    return sum(k * size for k, size in zip(layers.floor, layers.expert_bytes, strict=True))
 
 
 def open_tasks(

@@ -131,10 +131,15 @@ def test_more_experts_than_the_arena_holds_are_refused_at_once() -> None:
 
 
 def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
-    with pytest.raises(BudgetError, match="a token activates 2 experts") as refused:
+    with pytest.raises(
+        BudgetError,
+        match=r"^--experts task holds at least 600 B of experts, as many as routing needs in all layers, but --ram 1000MiB"
+        r" leaves 500 B; give --ram 1001MiB, or --experts auto$",
+    ) as refused:
         opened("task", 500)
-    assert refused.value.needed == 600
+    assert refused.value.needed == (1000 << 20) + 100
     opened("task", 600)
+    opened("auto", 500)
 
 
 @settings(deadline=None, max_examples=25)  # each fits matchers, the first imports scikit-learn
