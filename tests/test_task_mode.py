@@ -133,8 +133,8 @@ def test_more_experts_than_the_arena_holds_are_refused_at_once() -> None:
 def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"^--experts task holds at least 600 B of experts, as many as routing needs in all layers, but --ram 1000MiB"
-        r" leaves 500 B; give --ram 1001MiB, or --experts auto$",
+        match=r"^--experts task holds at least 600 B of experts, as many as routing needs in all layers, but --ram"
+        r" 1000MiB leaves 500 B; give --ram 1001MiB, or --experts auto$",
     ) as refused:
         opened("task", 500)
     assert refused.value.needed == (1000 << 20) + 100
