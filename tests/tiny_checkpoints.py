@@ -274,34 +274,36 @@ def torch_logits(model: Any, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         return np.asarray(model(torch.tensor([list(tokens)])).logits[0].numpy(), dtype=np.float32)
 
 
-def gpt_oss_mxfp4(folder: Path) -> tuple[Path, dict[str, npt.NDArray[np.float32]]]:
-    """A gpt-oss checkpoint with MXFP4 experts, and what they are worth: GGUF name -> [n_expert, rows, columns]."""
+def gpt_oss_mxfp4(folder: Path) -> tuple[Any, dict[str, npt.NDArray[np.float32]]]:
+    """Save a gpt-oss checkpoint with MXFP4 experts.
+
+    Gives the model with what they are worth as its weights, and that by GGUF name, [n_expert, rows, columns].
+    """
+    import torch
     from safetensors.numpy import load_file, save_file
 
-    n_expert, n_layer = 4, 2
-    config = config_of("gpt-oss", num_local_experts=n_expert, num_hidden_layers=n_layer, intermediate_size=64,
-                       layer_types=["sliding_attention", "full_attention"])  # fmt: skip
-    save_checkpoint(random_model(config), folder)
+    kinds = ["sliding_attention", "full_attention"]
+    model = random_model(config_of("gpt-oss", num_hidden_layers=2, intermediate_size=64, layer_types=kinds))
+    save_checkpoint(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    rng, expected = np.random.default_rng(0), {}
+    rng, worth = np.random.default_rng(0), {}
     halves = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32) / 2  # E2M1
     values = np.concatenate([halves, -halves])
-    for il in range(n_layer):
-        for part, n_rows, n_columns in (("gate_up", 128, 64), ("down", 64, 64)):
-            name = f"model.layers.{il}.mlp.experts.{part}_proj"
-            blocks = rng.integers(0, 256, (n_expert, n_rows, n_columns // 32, 16)).astype(np.uint8)
-            scales = rng.integers(120, 131, (n_expert, n_rows, n_columns // 32)).astype(np.uint8)
-            del tensors[name]
-            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            worth = values[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*scales.shape, 32)
-            worth = (worth * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(n_expert, n_rows, n_columns)
-            if part == "down":
-                expected[f"blk.{il}.ffn_down_exps.weight"] = worth
-            else:
-                expected[f"blk.{il}.ffn_gate_exps.weight"] = worth[:, ::2]
-                expected[f"blk.{il}.ffn_up_exps.weight"] = worth[:, 1::2]
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        n_expert, n_columns, n_rows = tensors.pop(name).shape
+        blocks = rng.integers(0, 256, (n_expert, n_rows, n_columns // 32, 16)).astype(np.uint8)
+        scales = rng.integers(121, 125, (n_expert, n_rows, n_columns // 32)).astype(np.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        weights = values[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*scales.shape, 32)
+        weights = (weights * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(n_expert, n_rows, n_columns)
+        with torch.no_grad():
+            model.get_parameter(name).copy_(torch.from_numpy(weights.swapaxes(1, 2).copy()))
+        block = f"blk.{name.split('.')[2]}"
+        if name.endswith("down_proj"):
+            worth[f"{block}.ffn_down_exps.weight"] = weights
+        else:
+            worth |= {f"{block}.ffn_gate_exps.weight": weights[:, ::2], f"{block}.ffn_up_exps.weight": weights[:, 1::2]}
     save_file(tensors, folder / "model.safetensors")
     path = folder / "config.json"
-    said = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    path.write_text(json.dumps(said))
-    return folder, expected
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return model, worth
