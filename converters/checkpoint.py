@@ -44,6 +44,8 @@ _STORAGE: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype("u1"),
     "U8": np.dtype("u1"),
 }
+# What all exponent bits set looks like, with the sign bit clear: infinity, and NaN above it.
+_INFINITY = {"F32": (np.int32, 0x7F800000), "F16": (np.int16, 0x7C00), "BF16": (np.int16, 0x7F80)}
 # Known of safetensors, of no use as weights: sizes only.
 _OTHER_SIZES = {
     "BOOL": 1,
@@ -177,6 +179,22 @@ class Checkpoint:
         _read_exactly(self._files[tensor.path], data.data, tensor.offset + start * item_bytes, tensor)
         return data.view(storage).reshape(stop - start, *tensor.shape[1:])
 
+    def checked(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> Raw:
+        """Read items ``start:stop`` of the leading axis as they are stored: float32, float16, or bfloat16 as uint16.
+
+        Raises
+        ------
+        ConvertError
+            If a weight is NaN or infinite, or the shard cannot be read.
+        """
+        raw = self.raw(tensor, start, stop)
+        signed, infinity = _INFINITY[tensor.dtype]
+        bits = raw.view(signed)
+        # Without a temporary array: signed, the largest is a positive one, unsigned a negative one.
+        if bits.max() >= infinity or bits.view(f"u{bits.itemsize}").max() >= infinity + (1 << (8 * bits.itemsize - 1)):
+            raise _not_finite(tensor)
+        return raw
+
     def floats(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> Floats:
         """Read items ``start:stop`` of the leading axis as float32; may be called from several threads.
 
@@ -185,10 +203,11 @@ class Checkpoint:
         ConvertError
             If a weight is NaN or infinite, or the shard cannot be read.
         """
+        if tensor.dtype in _INFINITY:
+            raw = self.checked(tensor, start, stop)
+            return _from_bfloat16(raw) if tensor.dtype == "BF16" else raw.astype(np.float32, copy=False)
         raw = self.raw(tensor, start, stop)
-        if tensor.dtype == "BF16":
-            values = _from_bfloat16(raw)
-        elif tensor.dtype == "F8_E4M3":
+        if tensor.dtype == "F8_E4M3":
             values = self._from_float8(tensor, raw, start)
         elif tensor.dtype == "U8":
             raise ConvertError(
@@ -198,10 +217,8 @@ class Checkpoint:
             with np.errstate(over="ignore"):  # what is too large for float32 is found below
                 values = raw.astype(np.float32, copy=False)
         # The smallest and the largest are NaN if any is.
-        if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
-            raise ConvertError(
-                f"{tensor} has a weight that is NaN or infinite; the checkpoint is damaged, download it again"
-            )
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise _not_finite(tensor)
         return values
 
     def _open(self, path: Path) -> list[StoredTensor]:
@@ -355,6 +372,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
             f"{tensor} has {tensor.n_bytes} bytes, which its shape {tensor.shape} does not fit; download it again"
         )
     return tensor
+
+
+def _not_finite(tensor: StoredTensor) -> ConvertError:
+    return ConvertError(f"{tensor} has a weight that is NaN or infinite; the checkpoint is damaged, download it again")
 
 
 def _read_exactly(fd: int, into: memoryview, offset: int, tensor: StoredTensor) -> None:

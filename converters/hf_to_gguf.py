@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGMLQuantizationType, Keys
 
@@ -32,7 +32,8 @@ _RUN_WEIGHTS = 8 << 20
 _BYTES_IN_FLIGHT = 512 << 20
 """What all threads may hold together, estimated; one run is always worked on, whatever it takes."""
 
-Packed = npt.NDArray[np.uint8]
+Packed = npt.NDArray[Any]
+"""Bytes of a GGUF, or numbers that are laid out like them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,8 @@ def _chunks(checkpoint: Checkpoint, recipe: Recipe, kind: GGMLQuantizationType, 
         n_bytes = 4 * prod(part.shape[1:]) * (stop - start)
         if not isinstance(part, Stored):
             return n_bytes, lambda: part.packed(checkpoint)
+        if part.change is None and part.tensor.dtype == kind.name:
+            return n_bytes, lambda: part.stored(checkpoint, start, stop)
         held = 2 * n_bytes if part.change is None else 4 * n_bytes
         return held, lambda: quantized(part.floats(checkpoint, start, stop), kind, recipe.name)
 

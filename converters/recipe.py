@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,15 +57,31 @@ class Stored:
 
     def floats(self, checkpoint: Checkpoint, start: int, stop: int) -> Floats:
         """Read rows ``start:stop`` of the result."""
-        tensor = self.tensor
-        if self.expert is not None:
-            tensor = _expert(tensor, self.expert)
         if self.change is not None:
-            changed = self.change(checkpoint.floats(tensor))
+            changed = self.change(checkpoint.floats(self._expert()))
             return np.ascontiguousarray(changed.reshape(self.shape)[start:stop], np.float32)
+        rows: Floats = self._rows(checkpoint.floats, start, stop)
+        return rows
+
+    def stored(self, checkpoint: Checkpoint, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read rows ``start:stop`` as they are stored; only of a part that nothing changes."""
+        assert self.change is None
+        rows: npt.NDArray[Any] = self._rows(checkpoint.checked, start, stop)
+        return rows
+
+    def _rows(self, read: Callable[[StoredTensor, int, int], npt.NDArray[Any]], start: int, stop: int) -> Any:
+        tensor = self._expert()
         wanted = range(tensor.shape[0])[self.rows or slice(None)][start:stop]
-        read = checkpoint.floats(tensor, wanted.start, wanted[-1] + 1)
-        return np.ascontiguousarray(read[:: wanted.step])
+        return np.ascontiguousarray(read(tensor, wanted.start, wanted[-1] + 1)[:: wanted.step])
+
+    def _expert(self) -> StoredTensor:
+        """Give the tensor, or the item of its leading axis that is meant, as a tensor of its own."""
+        tensor = self.tensor
+        if self.expert is None:
+            return tensor
+        n_bytes = tensor.n_bytes // tensor.shape[0]
+        offset = tensor.offset + self.expert * n_bytes
+        return StoredTensor(tensor.name, tensor.dtype, tensor.shape[1:], tensor.path, offset, n_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +166,3 @@ class Recipe:
                 step = n_rows
             for start in range(0, n_rows, step):
                 yield part, start, min(start + step, n_rows)
-
-
-def _expert(tensor: StoredTensor, expert: int) -> StoredTensor:
-    """One item of the leading axis, as a tensor of its own."""
-    n_bytes = tensor.n_bytes // tensor.shape[0]
-    offset = tensor.offset + expert * n_bytes
-    return StoredTensor(tensor.name, tensor.dtype, tensor.shape[1:], tensor.path, offset, n_bytes)
