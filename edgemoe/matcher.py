@@ -72,7 +72,7 @@ class Match:
     distance, runner_up_distance : float
         Their distances, in the matcher's metric.
     oddness : float
-        How much less the text belongs to its nearest task than documents of that length usually do, in standard
+        How much farther the text is from its nearest task than documents of that length usually are, in standard
         deviations, added up over what is measured (see `TaskMatcher`).
     threshold : float
         Oddness above which it is rejected; infinite where too few documents are stored to learn one.
@@ -136,11 +136,10 @@ class TaskMatcher:
 
     Distances are to each task's mean. In the default metric, "whitened", square roots of shares are divided by their
     spread within tasks (shrunk after Ledoit and Wolf, 2004) and projected on the plane of the tasks' means.
-    Oddness adds up how little nearer the nearest task is than the second in that plane (the less, the odder; squared
-    distances there differ by twice the log-odds of the two tasks), and how far the text is from any task in all
-    directions: text between two tasks is odd in the first, text of an unknown kind often in the second. What is usual
-    for a task and a length is learned from the stored documents alone: each is measured by a matcher that was fitted
-    without it (in fifths).
+    Oddness adds up how far a text is from its task in that plane, and how far from any task in all directions: text
+    between two tasks is odd in the first, text of an unknown kind often in the second. What is usual for a task and a
+    length is learned from the stored documents alone: each is measured by a matcher that was fitted without it (in
+    fifths).
 
     Parameters
     ----------
@@ -272,19 +271,20 @@ class _NearestMeans:
         self._neighbours = NearestNeighbors(n_neighbors=len(means), algorithm="brute", metric=metric).fit(means)
 
     def measure(self, points: Floats, rest: Floats) -> tuple[Floats, Floats]:
-        """Distances to the tasks [P, T], and features [P, 1 or 2] that are greater the odder a point is.
+        """Distances to the tasks [P, T], and logarithms of what makes a point odd [P, 1 or 2].
 
         `rest` [P] is the squared length of each point's part outside of the space.
         """
         found, order = self._neighbours.kneighbors(self.geometry.compared(points))
         distances = np.empty_like(found)
         np.put_along_axis(distances, order, found, axis=1)
+        nearest = np.log(np.maximum(found[:, :1], TINY))
         if self.metric != "whitened":
-            return distances, np.log(np.maximum(found[:, :1], TINY))
+            return distances, nearest
         away = np.log(np.maximum(self.geometry.from_any_task(points, rest), TINY))[:, None]
         if self.geometry.axes is None:
             return distances + rest[:, None], away
-        return distances, np.concatenate([found[:, :1] - found[:, 1:2], away], 1)
+        return distances, np.concatenate([nearest, away], 1)
 
 
 def _longest(documents: TaskDocuments) -> npt.NDArray[np.bool_]:

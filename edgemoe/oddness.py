@@ -18,7 +18,7 @@ FALSE_REJECTIONS: Final = 0.05
 
 _NORMAL_QUANTILE = 1.6449  # of 1 - FALSE_REJECTIONS
 _LENGTHS = (64, 256, 1024)  # tokens; thresholds are learned for each class of lengths
-_SHRINKAGE = 10  # a task's mean counts that many pieces of all tasks as its own
+_SHRINKAGE = 100  # a task's mean counts that many pieces of all tasks as its own
 _LEAST_PIECES = 10  # a class of lengths with fewer joins its neighbour
 
 

@@ -54,7 +54,9 @@ class Geometry:
         """
         squares = (points**2).sum(1)[:, None] + (self.means**2).sum(1) - 2 * points @ self.means.T
         along = (points @ self.wide.T)[:, None] - self.means @ self.wide.T
-        return (np.maximum(squares - along**2 @ (1 - self.factors), 0.0).min(1) + rest) / self.noise
+        nearest: Floats = np.maximum(squares - along**2 @ (1 - self.factors), 0.0).min(1)
+        distances: Floats = (nearest + rest) / self.noise
+        return distances
 
 
 @dataclass(slots=True, eq=False)

@@ -52,9 +52,9 @@ def test_each_length_has_its_threshold_and_those_between_lie_between():
 
 def test_a_uniform_task_does_not_swallow_what_a_diverse_one_would_take():
     # Documents of task 0 lie close to its mean, those of task 1 far from theirs.
-    tokens, near = pieces(100, 512, 0.0)
-    _, far = pieces(100, 512, 6.0)
-    nearest = np.repeat([0, 1], 100)
+    tokens, near = pieces(1000, 512, 0.0)
+    _, far = pieces(1000, 512, 6.0)
+    nearest = np.repeat([0, 1], 1000)
     usual = learned((tokens, near), (tokens, far), n_tasks=2, nearest=nearest)
     between = np.array([4.0, 4.0])
     assert rejected(usual, between[None], 512, nearest=0) == 1
@@ -68,7 +68,7 @@ def test_a_task_with_no_pieces_is_like_all_and_one_with_few_nearly():
     usual = learned((tokens, features), (tokens[:1], few), n_tasks=3, nearest=np.append(np.zeros(60, np.intp), 1))
     overall = np.concatenate([features, few]).mean(0)
     assert usual.mean[0, 2] == pytest.approx(overall)
-    assert usual.mean[0, 1] == pytest.approx((10 * overall + 22.0) / 11)
+    assert usual.mean[0, 1] == pytest.approx((100 * overall + 22.0) / 101)
 
 
 def test_few_pieces_of_a_length_join_their_neighbours():
