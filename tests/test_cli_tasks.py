@@ -52,12 +52,18 @@ self.assertEqual(len(result), 2)""",
 
 
 def text_of(task: str, seed: int) -> str:
-    """Four sentences of a task, drawn anew for each seed."""
-    return " ".join(random.Random(f"{task} {seed}").sample(SENTENCES[task].splitlines(), 4))
+    """One to four sentences of a task, drawn anew for each seed: documents of a task are not all alike."""
+    drawn = random.Random(f"{task} {seed}")
+    return " ".join(drawn.sample(SENTENCES[task].splitlines(), drawn.randint(1, 4)))
 
 
 TASKS = {task: [text_of(task, seed) for seed in range(20)] for task in SENTENCES}
 MATHS, GERMAN = TASKS["maths"], TASKS["german"]
+
+
+def told(task: str) -> str:
+    """Half of a task's sentences, for a conversation."""
+    return " ".join(random.Random(task).sample(SENTENCES[task].splitlines(), 4))
 
 
 def edgemoe(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -207,7 +213,7 @@ def test_more_experts_than_the_budget_holds(store: Path) -> None:
     assert refused.value.needed > fixed + (16 << 20)
 
 
-CONVERSATION = (text_of("maths", 101), text_of("maths", 102), text_of("german", 101), "Ja.", text_of("maths", 103))
+CONVERSATION = (told("maths"), text_of("maths", 102), told("german"), "Ja.", told("maths"))
 
 
 @pytest.mark.parametrize("experts", ["task", "auto"])
@@ -229,8 +235,7 @@ def test_a_conversation_that_changes_its_topic(store: Path, experts: str) -> Non
         first, second = mode.experts_of("maths"), mode.experts_of("german")
         if experts == "task":
             assert all(11 < chosen.mean_kept <= 12 for chosen in (first, second))
-            for layer, ids in zip(second.layers, second.kept, strict=True):
-                assert set(ids) < set(range(32)), layer
+            assert first.kept != second.kept
     assert active == ["maths", "maths", "german", "german", "maths"]
     # What the first switch brought is there still: the arena holds both sets.
     slab = max(sum(t.slab_bytes for t in llama.index.experts if t.layer == layer) for layer in first.layers)
