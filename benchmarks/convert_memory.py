@@ -154,9 +154,16 @@ def convert(folder: Path, target: Path, type_: str) -> dict[str, float]:
 
 
 def cold(paths: list[Path]) -> None:
-    """Drop files from the page cache."""
+    """Drop files from the page cache; a page that is just being read or written takes another try."""
     for path in paths:
-        make_cold(path)
+        for last in (False, False, False, True):
+            try:
+                make_cold(path)
+                break
+            except RuntimeError:
+                if last:
+                    raise
+                time.sleep(1)
 
 
 @click.command()

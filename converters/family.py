@@ -250,12 +250,16 @@ class Family:
 
     def _found(self) -> dict[str, dict[int | None, Part]]:
         found: dict[str, dict[int | None, Part]] = {}
+        left_out = 0
         for stored, tensor in self.checkpoint.tensors.items():
             name = stored.replace("language_model.model.", "model.").replace("language_model.lm_head.", "lm_head.")
             name = name.replace("model.language_model.", "model.")
             layer = _LAYER.search(name)
             # Layers beyond the model's own predict further tokens; llama.cpp runs without them.
-            if name.endswith(_NOT_WEIGHTS) or (layer and int(layer[1]) >= self.n_layer) or self.ignores(name):
+            if self.ignores(name) or (layer and int(layer[1]) >= self.n_layer):
+                left_out += 1
+                continue
+            if name.endswith(_NOT_WEIGHTS):
                 continue
             if name == "lm_head.weight" and self.tied:
                 continue
@@ -263,6 +267,10 @@ class Family:
                 if expert in found.setdefault(target, {}):
                     raise ConvertError(f"{tensor} says again what another tensor says of {target}; download it again")
                 found[target][expert] = part
+        if left_out:
+            self.notes.append(
+                f"{left_out} of the checkpoint's tensors are left out: they see, or predict further tokens than the next."
+            )
         if self.tied and not self.loads_tied and "token_embd.weight" in found:
             found["output.weight"] = dict(found["token_embd.weight"])
         return found

@@ -156,9 +156,11 @@ class Llama4(Family):
         self.step: int = config.integer("interleave_moe_layer_step", default=1)
         # llama.cpp knows these of the architecture, and of its two sizes.
         rotates = [int((il + 1) % 4 != 0) for il in range(self.n_layer)]
-        config.demand("no_rope_layers", rotates, default=rotates)
+        if config.says("no_rope_layers"):
+            config.demand("no_rope_layers", rotates)
         config.demand("attention_chunk_size", 8192, default=8192)
-        config.demand("attn_temperature_tuning", True, default=True)
+        if not config.says("attn_temperature_tuning", default=True):  # true in some, a number in others
+            config.refuse("has no attn_temperature_tuning, but llama.cpp always does it; it cannot be converted")
         config.demand("floor_scale", 8192, default=8192)
         config.demand("attn_scale", 0.1, default=0.1)
         config.demand("use_qk_norm", self.n_expert != 128, default=True)

@@ -167,16 +167,22 @@ def _info(recipe: Recipe, file_type: FileType) -> TensorInfo:
 
 
 def _metadata(checkpoint: Checkpoint, family: Family, file_type: FileType) -> Metadata:
-    name = checkpoint.folder.resolve().name
     return {
         Keys.General.ARCHITECTURE: text(MODEL_ARCH_NAMES[family.architecture]),
         Keys.General.TYPE: text("model"),
-        Keys.General.NAME: text(name),
+        Keys.General.NAME: text(_name(checkpoint.folder)),
         Keys.General.FILE_TYPE: u32(file_type.number),
         Keys.General.QUANTIZATION_VERSION: u32(GGML_QUANT_VERSION),
         **family.metadata(),
         **vocabulary_metadata(checkpoint.folder, MODEL_ARCH_NAMES[family.architecture], family.n_vocab),
     }
+
+
+def _name(folder: Path) -> str:
+    """Name of the model: of its folder, or of the repository where the folder is a snapshot in a hub's cache."""
+    path = folder.absolute()
+    repository = next((part for part in path.parts if part.startswith("models--")), None)
+    return path.resolve().name if repository is None else repository.rpartition("--")[2]
 
 
 def _chunks(checkpoint: Checkpoint, recipe: Recipe, kind: GGMLQuantizationType, threads: _Threads) -> Iterator[Packed]:

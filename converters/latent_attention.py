@@ -96,6 +96,10 @@ class DeepSeek2(Family):
         keys |= group_keys(self, self.n_group)
         mscale = config.rope("mscale_all_dim", default=None)
         if config.rope_type == "yarn" and mscale:
+            if config.rope("mscale", default=mscale) != mscale:
+                config.refuse(
+                    "has another mscale than mscale_all_dim, which llama.cpp takes to be the same; correct it"
+                )
             # A tenth of it, as the reference converter writes it; llama.cpp undoes this for deepseek2.
             keys[Keys.Rope.SCALING_YARN_LOG_MUL] = f32(0.1 * mscale)
         return keys

@@ -87,9 +87,9 @@ class ModelConfig:
         """Get a list of `length` texts."""
         return self._list(name, str, length, default)
 
-    def has(self, name: str) -> bool:
-        """Say whether a value is given and says something: not null, not false, not empty."""
-        return bool(self._values.get(name))
+    def says(self, name: str, default: bool = False) -> bool:
+        """Say whether a value of any kind is there that is not null, false, 0 or empty."""
+        return bool(self._values.get(name, default))
 
     def demand(self, name: str, allowed: object, default: object = _MISSING) -> None:
         """Refuse every value but the one that llama.cpp computes with."""

@@ -57,8 +57,8 @@ def rope_factors(config: ModelConfig, rope_dim: int) -> Floats | None:
     frequency = float(config.rope("rope_theta")) ** (-np.arange(0, rope_dim, 2) / rope_dim)
     factor, original = float(config.rope("factor")), float(config.rope("original_max_position_embeddings"))
     low, high = float(config.rope("low_freq_factor")), float(config.rope("high_freq_factor"))
-    if not high > low:
-        config.refuse(f"has a high_freq_factor of {high}, expected more than {low}; correct it")
+    if high < low:
+        config.refuse(f"has a high_freq_factor of {high}, expected at least {low}; correct it")
     # Of turns within the original context: many stay as they are, few are slowed down, between them it is blended.
-    kept = np.clip((original * frequency / (2 * math.pi) - low) / (high - low), 0, 1)
+    kept = np.clip((original * frequency / (2 * math.pi) - low) / max(high - low, 1e-9), 0, 1)
     return np.asarray(1 / (kept + (1 - kept) / factor), np.float32)

@@ -19,6 +19,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from plain_llama import Logits, greedy, logits, plain_llama
 from reference_conversions import TABLE, facts
+from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import CONFIGS, config_of, gpt_oss_mxfp4, random_model, save_checkpoint, torch_logits
 
 from edgemoe.converters.checkpoint import Checkpoint
@@ -120,6 +121,24 @@ def test_fused_experts_of_transformers(checkpoints: Any, tmp_path: Path) -> None
     assert (tmp_path / "apart.gguf").read_bytes() == (tmp_path / "fused.gguf").read_bytes()
 
 
+def test_llama_4_as_it_is_published(tmp_path: Path) -> None:
+    """Inside a model that sees, with an empty list of layers without positions, and factors that leave no middle."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "original_max_position_embeddings": 64}
+    model = random_model(config_of("llama4", rope_parameters=rope | {"low_freq_factor": 1.0, "high_freq_factor": 1.0}))
+    plain = save_checkpoint(model, tmp_path / "plain")
+    published = shutil.copytree(plain, tmp_path / "published")
+    said = json.loads((plain / "config.json").read_text()) | {"no_rope_layers": [], "attn_temperature_tuning": 4}
+    outer = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": said}
+    (published / "config.json").write_text(json.dumps(outer))
+    tensors = {f"language_model.{name}": values for name, values in load_file(plain / "model.safetensors").items()}
+    tensors["vision_model.patch_embedding.linear.weight"] = np.ones((2, 2), np.float32)
+    save_file(tensors, published / "model.safetensors")
+    (note,) = convert_checkpoint(published, tmp_path / "model.gguf", "f32").notes
+    assert note.startswith("1 of the checkpoint's tensors are left out: they see")
+    ours, theirs = answers(tmp_path / "model.gguf", model)
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
 def test_deepseek_v2_ranks_groups_otherwise(tmp_path: Path) -> None:
     config = config_of("deepseek2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
     folder = save_checkpoint(random_model(config), tmp_path / "model")
@@ -134,7 +153,7 @@ def test_deepseek_v2_ranks_groups_otherwise(tmp_path: Path) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "has clip_qkv '8.0'"),
         ("deepseek3", {"scoring_func": "sparsemax"}, "has scoring_func 'sparsemax'"),
         ("deepseek3", {"topk_group": 4}, "routes 16 experts by 4 of 4 groups"),
-        ("llama4", {"attn_temperature_tuning": False}, "has attn_temperature_tuning 'False'"),
+        ("llama4", {"attn_temperature_tuning": False}, "has no attn_temperature_tuning"),
         ("lfm2moe", {"routed_scaling_factor": 2.0}, "has routed_scaling_factor '2.0'"),
         ("qwen3next", {"linear_value_head_dim": 32}, "has linear_value_head_dim '32'"),
         ("gpt-oss", {"swiglu_limit": 5.0}, "has swiglu_limit '5.0'"),

@@ -278,6 +278,23 @@ def test_weights_too_large_for_float16(tmp_path: Path) -> None:
     convert_checkpoint(folder, tmp_path / "model.gguf", "bf16")
 
 
+def test_names(tmp_path: Path) -> None:
+    """A snapshot in a hub's cache has a hash for a name."""
+    for folder, name in (("my-model", "my-model"), ("models--Qwen--Qwen3-30B-A3B/snapshots/0ac2e", "Qwen3-30B-A3B")):
+        convert_checkpoint(write_checkpoint(tmp_path / folder), tmp_path / "model.gguf", "q8_0", force=True)
+        assert read_index(tmp_path / "model.gguf").name == name
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    weights = qwen3moe_weights()
+    for part in ("eh_proj", "enorm"):
+        weights[f"model.layers.{N_LAYER}.{part}.weight"] = np.ones(4, np.float32)
+    written = convert_checkpoint(write_checkpoint(tmp_path / "model", weights), tmp_path / "model.gguf", "f32")
+    assert written.notes == (
+        "2 of the checkpoint's tensors are left out: they see, or predict further tokens than the next.",
+    )
+
+
 def test_no_such_type(checkpoint: Path, tmp_path: Path) -> None:
     assert "there is no type 'q4_0'; give one of f32, f16, bf16" in refusal(checkpoint, tmp_path / "m.gguf", "q4_0")
 
