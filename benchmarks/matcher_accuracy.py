@@ -22,15 +22,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.machine import describe
 from benchmarks.measurements import say
 from edgemoe.matcher import Metric, TaskDocuments, TaskMatcher
+from edgemoe.routing_space import Space
 
-LENGTHS = (32, 128, 512)
+LENGTHS = (512, 128, 32)
 SHORTEST = 48  # tokens; shorter documents are left out
 PER_TASK = 20  # documents of a task in the figures; "all" counts all
 FEATURES = ("weights", "choices")
+NEIGHBOURS = (1, 3, 5)
 
 
 def routed_logits(model: Path, n_ctx: int) -> tuple[Any, Any]:
@@ -93,16 +96,19 @@ def shares(logits: np.ndarray, n_used: int, feature: str) -> np.ndarray:
 
 
 def trace(model: Path, calibration: Path, held_out: Path, folder: Path) -> None:
-    """Shares of the beginnings of all documents, one file for each part and task."""
+    """Shares of the beginnings of all documents, one file for each part and task; files that are there stay."""
     from edgemoe.index import read_index
 
     n_used = max(read_index(model).n_expert_used)
-    callback, logits = routed_logits(model, max(LENGTHS))
+    callback, logits = routed_logits(model, LENGTHS[0])
     folder.mkdir(parents=True, exist_ok=True)
     for part, source in (("calibration", calibration), ("held-out", held_out)):
         for path in sorted(calibration.glob("*.jsonl")):
+            if (folder / f"{part}.{path.stem}.npz").exists():
+                continue
             rows: dict[str, list[Any]] = {name: [] for name in (*FEATURES, "tokens", "document", "length")}
-            for number, line in enumerate((source / path.name).read_text().splitlines()):
+            # Not splitlines, which splits at the line separators of Unicode too.
+            for number, line in enumerate((source / path.name).read_text().rstrip("\n").split("\n")):
                 routed = logits(json.loads(line)["text"])
                 for length in LENGTHS if routed.shape[1] >= SHORTEST else ():
                     for feature in FEATURES:
@@ -142,6 +148,11 @@ class Traces:
             found[task] = TaskDocuments(rows[feature][kept], rows["tokens"][kept], rows["document"][kept])
         return found
 
+    def whole(self, feature: str) -> tuple[np.ndarray, np.ndarray]:
+        """All stored documents at their full length, and their tasks."""
+        found = {task: rows[feature][rows["length"] == LENGTHS[0]] for task, rows in self._parts["calibration"].items()}
+        return np.concatenate(list(found.values())), np.repeat(list(found), [len(rows) for rows in found.values()])
+
     def held_out(self, feature: str, length: int, every: bool) -> Iterator[tuple[str, np.ndarray, int]]:
         for task, rows in self._parts["held-out"].items():
             chosen = np.flatnonzero(rows["length"] == length)
@@ -159,6 +170,11 @@ def share(hits: list[bool]) -> float:
     return sum(hits) / max(len(hits), 1)
 
 
+def say_row(row: dict[str, Any]) -> None:
+    figures = "  ".join(f"{row[str(n)]:6.1%} ({row[f'{n} of all']:6.1%})" for n in LENGTHS)
+    say(f"{row['feature']:8} {row['view']:17} {row['metric']:14} {row['nearest']:11} {figures}")
+
+
 def accuracy(traces: Traces) -> list[dict[str, Any]]:
     """Every metric, view, feature and length; rejected documents of stored tasks count as false rejections."""
     rows = []
@@ -166,16 +182,41 @@ def accuracy(traces: Traces) -> list[dict[str, Any]]:
         for view, layers in traces.views().items():
             for metric in get_args(Metric):
                 matcher = TaskMatcher(traces.documents(feature), layers, metric)
-                row: dict[str, Any] = {"feature": feature, "view": view, "metric": metric}
-                for length in reversed(LENGTHS):
+                row: dict[str, Any] = {"feature": feature, "view": view, "metric": metric, "nearest": "mean"}
+                for length in LENGTHS:
                     for name, every in (("", False), (" of all", True)):
                         found = ask(matcher, traces, feature, length, every)
                         row[f"{length}{name}"] = share([task == match.nearest for task, match in found])
                         row[f"{length}{name} false rejections"] = share([match.task is None for _, match in found])
-                        row[f"documents{name}"] = len(found)
                 rows.append(row)
-                figures = "  ".join(f"{row[str(n)]:6.1%} ({row[f'{n} of all']:6.1%})" for n in reversed(LENGTHS))
-                say(f"{feature:8} {view:17} {metric:14} {figures}")
+                say_row(row)
+    return rows
+
+
+def votes(traces: Traces) -> list[dict[str, Any]]:
+    """Votes of the nearest stored documents instead of the nearest mean, by their inverse distances; all layers."""
+    rows = []
+    stored, names = traces.whole("weights")
+    for metric in get_args(Metric):
+        space = Space(metric, metric == "whitened")
+        if space.whiten:
+            space.span(stored)
+        points, _ = space.place(stored)
+        geometry = space.fit(points, np.unique(names, return_inverse=True)[1])
+        for k in NEIGHBOURS:
+            classifier = KNeighborsClassifier(
+                k, weights="distance", metric="cosine" if metric == "cosine" else "euclidean", algorithm="brute"
+            ).fit(geometry.compared(points), names)
+            nearest = f"{k} document{'s' * (k > 1)}"
+            row: dict[str, Any] = {"feature": "weights", "view": "all layers", "metric": metric, "nearest": nearest}
+            for length in LENGTHS:
+                for name, every in (("", False), (" of all", True)):
+                    tasks, vectors, _ = zip(*traces.held_out("weights", length, every), strict=True)
+                    asked, _ = space.place(np.stack(vectors))
+                    found = classifier.predict(geometry.compared(asked))
+                    row[f"{length}{name}"] = share(list(found == np.array(tasks)))
+            rows.append(row)
+            say_row(row)
     return rows
 
 
@@ -187,7 +228,7 @@ def rejection(traces: Traces, feature: str, metric: Metric, layers: tuple[int, .
         del documents[left_out]
         matcher = TaskMatcher(documents, layers, metric)
         row: dict[str, Any] = {"feature": feature, "metric": metric, "layers": len(layers), "left out": left_out}
-        for length in reversed(LENGTHS):
+        for length in LENGTHS:
             found = ask(matcher, traces, feature, length)
             known = np.array([match.oddness - match.threshold for task, match in found if task != left_out])
             unknown = np.array([match.oddness - match.threshold for task, match in found if task == left_out])
@@ -200,7 +241,7 @@ def rejection(traces: Traces, feature: str, metric: Metric, layers: tuple[int, .
     rows.append({**rows[0], "left out": "mean", **means})
     figures = "   ".join(
         f"{n}: {means[f'{n} rejected']:4.0%} / {means[f'{n} false']:5.1%} / {means[f'{n} rejected at 5 %']:4.0%}"
-        for n in reversed(LENGTHS)
+        for n in LENGTHS
     )
     say(f"{feature:8} {len(layers)} layers {metric:14} rejected / false / rejected at 5 %   {figures}")
     return rows
@@ -212,24 +253,29 @@ def few_documents(traces: Traces, feature: str) -> list[dict[str, Any]]:
     for count in (40, 20, 10, 5, 3, 2, 1):
         matcher = TaskMatcher(traces.documents(feature, count))
         row: dict[str, Any] = {"documents a task": count}
-        for length in reversed(LENGTHS):
+        for length in LENGTHS:
             found = ask(matcher, traces, feature, length)
             row[str(length)] = share([task == match.nearest for task, match in found])
             row[f"{length} false rejections"] = share([match.task is None for _, match in found])
         rows.append(row)
-        figures = [f"{row[str(n)]:6.1%} ({row[f'{n} false rejections']:5.1%})" for n in reversed(LENGTHS)]
+        figures = [f"{row[str(n)]:6.1%} ({row[f'{n} false rejections']:5.1%})" for n in LENGTHS]
         say(f"{count:3} documents a task: accuracy (false rejections) {'  '.join(figures)}")
     return rows
 
 
-def confusion(traces: Traces, feature: str, length: int) -> dict[str, dict[str, int]]:
-    """Nearest task by true task, of all layers in the default metric."""
-    table = {task: dict.fromkeys(traces.tasks, 0) for task in traces.tasks}
-    for task, match in ask(TaskMatcher(traces.documents(feature)), traces, feature, length):
-        table[task][match.nearest] += 1
-    for task, row in table.items():
-        found = sorted(((n, name) for name, n in row.items() if n), reverse=True)
-        say(f"{length:4} {task:12} " + ", ".join(f"{name} {n}" for n, name in found))
+def confusion(traces: Traces, feature: str) -> list[dict[str, Any]]:
+    """How many documents of each task have which nearest, of all layers in the default metric."""
+    table = []
+    matcher = TaskMatcher(traces.documents(feature))
+    for length in LENGTHS:
+        rows: dict[str, dict[str, Any]] = {
+            task: {"tokens": length, "task": task, **dict.fromkeys(traces.tasks, 0)} for task in traces.tasks
+        }
+        for task, match in ask(matcher, traces, feature, length):
+            rows[task][match.nearest] += 1
+        table += rows.values()
+    for row in table:
+        say(f"{row['tokens']:4} {row['task']:12} " + ", ".join(f"{t} {row[t]}" for t in traces.tasks if row[t]))
     return table
 
 
@@ -274,20 +320,22 @@ def compare(folder: Path, out: Path) -> None:
     """All tables, to standard error and to files."""
     traces = Traces(folder)
     views = traces.views()
-    result: dict[str, Any] = {"machine": traces.model, "accuracy": accuracy(traces)}
-    result["rejection"] = [
-        *(row for metric in get_args(Metric) for row in rejection(traces, "weights", metric, views["all layers"])),
-        *rejection(traces, "weights", "whitened", views["all but the last"]),
-        *rejection(traces, "weights", "whitened", views["first layer"]),
-        *rejection(traces, "choices", "whitened", views["all layers"]),
-    ]
-    result["few_documents"] = few_documents(traces, "weights")
-    result["confusion"] = {length: confusion(traces, "weights", length) for length in reversed(LENGTHS)}
-    result["seconds"] = seconds(traces)
+    tables = {
+        "accuracy": accuracy(traces) + votes(traces),
+        "rejection": [
+            *(row for metric in get_args(Metric) for row in rejection(traces, "weights", metric, views["all layers"])),
+            *rejection(traces, "weights", "whitened", views["all but the last"]),
+            *rejection(traces, "weights", "whitened", views["first layer"]),
+        ],
+        "confusion": confusion(traces, "weights"),
+        "documents": few_documents(traces, "weights"),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    write_table(out.with_name(out.name + "-accuracy.csv"), result["accuracy"])
-    write_table(out.with_name(out.name + "-rejection.csv"), result["rejection"])
+    for name, rows in tables.items():
+        write_table(out.with_name(f"{out.name}-{name}.csv"), rows)
+    out.with_suffix(".json").write_text(
+        json.dumps({"machine": traces.model, "seconds": seconds(traces)}, indent=1) + "\n"
+    )
 
 
 def main() -> None:
