@@ -268,9 +268,8 @@ class Family:
                     raise ConvertError(f"{tensor} says again what another tensor says of {target}; download it again")
                 found[target][expert] = part
         if left_out:
-            self.notes.append(
-                f"{left_out} of the checkpoint's tensors are left out: they see, or predict further tokens than the next."
-            )
+            what = "they see, or predict further tokens than the next"
+            self.notes.append(f"{left_out} of the checkpoint's tensors are left out: {what}.")
         if self.tied and not self.loads_tied and "token_embd.weight" in found:
             found["output.weight"] = dict(found["token_embd.weight"])
         return found

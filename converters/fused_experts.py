@@ -79,6 +79,10 @@ class GptOss(Family):
         self.config.demand("layer_types", alternating, default=alternating)
         self.config.demand("swiglu_limit", 7.0, default=7.0)
         self.config.demand("attention_bias", True, default=True)
+        if self.config.rope_type == "yarn" and not self.config.rope_flag("truncate", default=True):
+            self.notes.append(
+                "llama.cpp rounds where yarn begins and ends to blend frequencies; this model was trained without that."
+            )
 
     def layer(self, il: int) -> Shapes:
         """Tensors of a layer."""

@@ -111,6 +111,13 @@ class ModelConfig:
             self.refuse(f"has {name} {show(str(value))}, expected a number; correct it")
         return value
 
+    def rope_flag(self, name: str, default: bool) -> bool:
+        """Get true or false of the rotary positions."""
+        value = self._rope.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(f"has {name} {show(str(value))}, expected true or false; correct it")
+        return value
+
     def _find(self, names: Sequence[str], default: Any) -> Any:
         for name in names:
             if self._values.get(name) is not None:

@@ -139,6 +139,15 @@ def test_llama_4_as_it_is_published(tmp_path: Path) -> None:
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
+def test_gpt_oss_blends_frequencies_otherwise(checkpoints: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints("gpt-oss")[0], tmp_path / "model")
+    said = json.loads((folder / "config.json").read_text())
+    said["rope_parameters"]["truncate"] = False
+    (folder / "config.json").write_text(json.dumps(said))
+    (note,) = convert_checkpoint(folder, tmp_path / "model.gguf", "f32").notes
+    assert note.startswith("llama.cpp rounds where yarn begins")
+
+
 def test_deepseek_v2_ranks_groups_otherwise(tmp_path: Path) -> None:
     config = config_of("deepseek2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
     folder = save_checkpoint(random_model(config), tmp_path / "model")
