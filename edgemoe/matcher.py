@@ -112,8 +112,8 @@ class Match:
 def next_task(active: str | None, match: Match, margin: float = 0.2) -> str | None:
     """Choose the task after a turn of a conversation, with hysteresis (TAER-6).
 
-    The active task stays while it is the nearest, while the nearest is not nearer than it by `margin`, and while the
-    turn is too short to be rejected with reason. Otherwise the match decides; None means no task.
+    The active task stays while no other one is nearer than it by `margin`; a turn that is rejected ends it anyway, if it
+    is long enough for that to mean something. Otherwise the match decides; None means no task.
 
     Parameters
     ----------
@@ -126,8 +126,8 @@ def next_task(active: str | None, match: Match, margin: float = 0.2) -> str | No
     """
     if active is None or active not in match.distances:
         return match.task
-    if match.task is None:
-        return active if match.short else None
+    if match.task is None and not match.short:
+        return None
     return match.task if match.distance < (1 - margin) * match.distances[active] else active
 
 

@@ -248,7 +248,8 @@ def a_match(task: str | None, near: float, far: float, short: bool = False) -> M
         ("old", a_match("new", 1.9, 2.0), "old"),  # not nearer by the margin
         ("new", a_match("new", 1.9, 2.0), "new"),
         ("old", a_match(None, 1.0, 2.0), None),
-        ("old", a_match(None, 1.0, 2.0, short=True), "old"),  # nothing is known of texts that short
+        ("old", a_match(None, 1.0, 2.0, short=True), None),  # wherever it belongs, it is not here
+        ("old", a_match(None, 1.9, 2.0, short=True), "old"),  # nothing is known of texts that short
         ("gone", a_match("new", 1.9, 2.0), "new"),
         ("gone", a_match(None, 1.0, 2.0, short=True), None),
     ],
