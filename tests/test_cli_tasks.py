@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 import signal
@@ -14,56 +13,14 @@ from pathlib import Path
 
 import pytest
 from plain_llama import TINY_MOE, greedy, plain_llama
+from task_texts import DOCUMENTS, told
 
 from edgemoe.backend import Llama
 from edgemoe.chat import ChatSession, Sampling
 from edgemoe.errors import BudgetError, PatternError
 
 RAM = "400MiB"
-SENTENCES = {
-    "maths": """\
-Tom has 3 apples and buys 4 more. How many apples does he have?
-Sally gives away 5 of her 12 pears to her friends. How many pears are left?
-A train has 12 wagons and each wagon has 40 seats. How many people can sit in it?
-Jason reads 15 pages a day. How many pages does he read in 2 weeks?
-The answer is 3 + 4 = 7 apples.
-Maria earns $12 an hour and works 8 hours a day, so she earns 12 * 8 = $96 each day.
-If each box holds 6 eggs, how many boxes are needed for 54 eggs?
-He has 20 - 5 = 15 cookies left, and then he eats half of them.""",
-    "german": """\
-Die Funktion gibt die Länge der Zeichenkette zurück.
-Falls ein Fehler auftritt, wird -1 zurückgegeben und errno gesetzt.
-Siehe auch das Handbuch und die anderen Seiten.
-Der Aufruf öffnet eine Datei, die schon vorhanden ist.
-Wenn der Speicher nicht reicht, wird ein Nullzeiger geliefert.
-Diese Option wird von neueren Versionen nicht mehr unterstützt.
-Das Programm schreibt die Ausgabe in das Verzeichnis des Benutzers.
-Die Daten werden gelesen, bevor der Prozess beendet wird.""",
-    "python": """\
-import os, sys
-def parent(self, path): return os.path.dirname(path)
-for name in sorted(os.listdir(self.root)): print(name)
-if not os.path.exists(path): raise ValueError("no such file")
-class Reader(object): pass
-with open(path, "rb") as file: data = file.read()
-return os.path.join(self.root, path)
-self.assertEqual(len(result), 2)""",
-}
-
-
-def text_of(task: str, seed: int) -> str:
-    """One to four sentences of a task, drawn anew for each seed: documents of a task are not all alike."""
-    drawn = random.Random(f"{task} {seed}")
-    return " ".join(drawn.sample(SENTENCES[task].splitlines(), drawn.randint(1, 4)))
-
-
-TASKS = {task: [text_of(task, seed) for seed in range(20)] for task in SENTENCES}
-MATHS, GERMAN = TASKS["maths"], TASKS["german"]
-
-
-def told(task: str) -> str:
-    """Half of a task's sentences, for a conversation."""
-    return " ".join(random.Random(task).sample(SENTENCES[task].splitlines(), 4))
+MATHS, GERMAN = DOCUMENTS["maths"], DOCUMENTS["german"]
 
 
 def edgemoe(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -80,7 +37,7 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tasks of the embedded model, as the command profiles them; one with loss curves."""
     folder = tmp_path_factory.mktemp("tasks")
-    for task, texts in TASKS.items():
+    for task, texts in DOCUMENTS.items():
         lines = write_lines(folder.parent / f"{task}.jsonl", texts)
         more = () if task == "maths" else ("--no-curves",)
         done = edgemoe("profile", TINY_MOE, lines, "--task", task, "--store", folder, "--ram", RAM, "--ctx", 128, *more)
@@ -116,7 +73,7 @@ def test_life_of_a_task(store: Path, tmp_path: Path) -> None:
     assert damaged.returncode == 1 and "checksum is wrong" in damaged.stderr
 
 
-@pytest.mark.parametrize(("task", "texts"), TASKS.items())
+@pytest.mark.parametrize(("task", "texts"), DOCUMENTS.items())
 def test_match_finds_the_task(store: Path, task: str, texts: list[str]) -> None:
     found = json.loads(edgemoe("match", TINY_MOE, "-", "--store", store, "--ram", RAM, "--json", text=texts[0]).stdout)
     assert found["nearest"] == task
@@ -213,7 +170,7 @@ def test_more_experts_than_the_budget_holds(store: Path) -> None:
     assert refused.value.needed > fixed + (16 << 20)
 
 
-CONVERSATION = (told("maths"), text_of("maths", 102), told("german"), "Ja.", told("maths"))
+CONVERSATION = (told("maths"), told("maths", 2), told("german"), "Ja.", told("maths"))
 
 
 @pytest.mark.parametrize("experts", ["task", "auto"])

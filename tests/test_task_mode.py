@@ -16,7 +16,7 @@ from fake_llama import PLAN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_llama import TINY_MOE, arena_share, greedy, logits, plain_llama
-from test_cli_tasks import TASKS, text_of
+from task_texts import DOCUMENTS, told
 from tiny_models import write_tiny_model
 from tiny_patterns import random_documents, tiny_model, tiny_pattern
 
@@ -326,7 +326,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     with Llama(str(TINY_MOE), ram="4GiB", n_ctx=128, n_threads=1, n_threads_batch=1, logits_all=True) as llama:
         store = PatternStore(fingerprint(llama.index), folder)
-        for number, (task, texts) in enumerate(TASKS.items()):
+        for number, (task, texts) in enumerate(DOCUMENTS.items()):
             documents = [Document(task, text) for text in texts[:12]]
             pieces = [piece for document in documents for piece in pieces_of(llama, document, 0)]
             spool = Spool(folder / f".{task}")
@@ -353,7 +353,7 @@ def served(
 def test_soft_is_the_full_model_bit_for_bit(tasks: Path, share: float) -> None:
     """RT-5: whatever task is warm, and however little fits."""
     with served(tasks, "auto", share) as (llama, mode):
-        prompt = llama.tokenize(text_of("maths", 1).encode())[:60]
+        prompt = llama.tokenize(told("maths", 1).encode())[:60]
         plain = plain_llama(TINY_MOE, **{**SETTINGS, "n_ubatch": llama.plan.n_ubatch})
         answer = greedy(plain, prompt, 12)
         expected = logits(plain, prompt, answer)
@@ -384,7 +384,7 @@ def test_a_hard_set_is_never_missed_and_a_switch_reads_the_difference(tasks: Pat
         assert 0.8 * sum(sizes[layer] for layer, _ in missing) < mode.switch.bytes_read
         assert mode.switch.bytes_read <= sum(pages[layer] for layer, _ in missing)
         before = llama.store.stats()
-        llama.create_completion(text_of("german", 1), max_tokens=12, temperature=0.0)
+        llama.create_completion(told("german", 1), max_tokens=12, temperature=0.0)
         after = llama.store.stats()
         assert (after.misses, after.bytes_read) == (0, before.bytes_read)
 
@@ -394,7 +394,7 @@ def test_a_lower_k_activates_fewer_and_matches_as_before(tasks: Path) -> None:
     found = {}
     for keep in ("2/12", "12"):
         with served(tasks, "task", keep=keep, logits_all=True) as (llama, mode):
-            found[keep] = llama.match(llama.tokenize(text_of("german", 1).encode()), first=True)
+            found[keep] = llama.match(llama.tokenize(told("german", 1).encode()), first=True)
             mode.pin("german")
             traces: list[RouterTrace] = []
             with llama.tap.watch(traces.append, outputs=True):
@@ -409,11 +409,11 @@ def test_a_pinned_task_is_not_asked(tasks: Path, monkeypatch: pytest.MonkeyPatch
     with served(tasks, "auto", task="python") as (llama, mode):
         assert (mode.active, mode.pinned) == ("python", True)
         monkeypatch.setattr(mode, "consider", lambda _: pytest.fail("asked"))
-        llama.create_completion(text_of("german", 1), max_tokens=2)
+        llama.create_completion(told("german", 1), max_tokens=2)
         assert mode.active == "python" and mode.match is None
         monkeypatch.undo()
         mode.release()
-        llama.create_completion(text_of("german", 2), max_tokens=2)
+        llama.create_completion(told("german", 2), max_tokens=2)
         assert mode.active == "german"
 
 
@@ -422,20 +422,20 @@ def test_a_task_changes_before_an_answer_and_never_within(tasks: Path, monkeypat
         asked: list[int] = []
         consider = mode.consider
         monkeypatch.setattr(mode, "consider", lambda heard: asked.append(llama.n_tokens) or consider(heard))
-        pieces = llama.create_completion(text_of("german", 1), max_tokens=12, temperature=0.0, stream=True)
+        pieces = llama.create_completion(told("german", 1), max_tokens=12, temperature=0.0, stream=True)
         assert asked == []
         next(pieces)
         assert len(asked) == 2 and mode.active == "german", "the first router, then all of them"
         active = [mode.active for _ in pieces]
         assert len(active) > 4 and set(active) == {"german"} and len(asked) == 2
-        tokens = llama.tokenize(text_of("maths", 1).encode())
+        tokens = llama.tokenize(told("maths", 1).encode())
         next(llama.generate(tokens, reset=False))
         assert len(asked) == 2 and mode.active == "german", "text that goes on belongs to the same answer"
 
 
 def test_prompts_longer_than_the_context(tasks: Path) -> None:
     with served(tasks, "auto", n_ctx=64, n_batch=64) as (llama, mode):
-        long = " ".join(TASKS["maths"])
+        long = " ".join(DOCUMENTS["maths"])
         tokens = llama.tokenize(long.encode())
         assert len(tokens) > 2 * llama.n_ctx()
         found = llama.match(tokens)
@@ -445,12 +445,12 @@ def test_prompts_longer_than_the_context(tasks: Path) -> None:
         with pytest.raises(ValueError, match="exceed context window"):
             llama.create_completion(long, max_tokens=4)
         assert mode.active is None and mode.match is None
-        assert llama.create_completion(text_of("maths", 1)[:60], max_tokens=2)["choices"]
+        assert llama.create_completion(told("maths", 1)[:60], max_tokens=2)["choices"]
 
 
 def test_what_was_said_is_matched_without_the_words_around_it(tasks: Path) -> None:
     """TAER-3: as the first message of a conversation is heard, so is a prompt that is only asked about."""
-    question = text_of("german", 3)
+    question = told("german", 3)
     with served(tasks, "auto") as (llama, mode):
         found = llama.match(chat_prompt(llama, [{"role": "user", "content": question}]), question, first=True)
         whole = llama.match(chat_prompt(llama, [{"role": "user", "content": question}]), first=True)
