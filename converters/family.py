@@ -30,6 +30,8 @@ Shapes = dict[str, Shape]
 Sources = Iterator[tuple[str, int | None, Part]]
 """GGUF name, the expert it is of (None: the whole tensor), and where the weights are."""
 
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+_MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 # What is added to the router's probabilities when experts are chosen, as gguf's name map spells it.
@@ -75,13 +77,13 @@ class Family:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config = config = ModelConfig(checkpoint.folder / "config.json", checkpoint.config)
-        self.n_layer: int = config.integer("num_hidden_layers")
+        self.n_layer: int = config.integer("num_hidden_layers", high=_MAX_LAYERS)
         self.n_vocab: int = config.integer("vocab_size")
         self.n_embd: int = config.integer("hidden_size")
         self.n_head: int = config.integer("num_attention_heads")
         self.n_head_kv: int = config.integer("num_key_value_heads", default=self.n_head)
         self.head_dim: int = config.integer("head_dim", default=self.n_embd // self.n_head)
-        self.n_expert: int = config.integer("num_local_experts", "num_experts", "n_routed_experts")
+        self.n_expert: int = config.integer("num_local_experts", "num_experts", "n_routed_experts", high=_MAX_EXPERTS)
         self.n_expert_used: int = config.integer("num_experts_per_tok")
         self.n_ff: int = config.integer("intermediate_size")
         self.rope_dim = self.head_dim

@@ -95,7 +95,7 @@ class DeepSeek2(Family):
         }
         keys |= group_keys(self, self.n_group)
         mscale = config.rope("mscale_all_dim", default=None)
-        if config.rope_type == "yarn" and mscale:
+        if config.rope_type == "yarn" and mscale is not None:
             if config.rope("mscale", default=mscale) != mscale:
                 config.refuse(
                     "has another mscale than mscale_all_dim, which llama.cpp takes to be the same; correct it"

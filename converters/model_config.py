@@ -13,6 +13,7 @@ __all__ = ["ModelConfig"]
 
 _MISSING: Any = object()
 _INT32_MAX = (1 << 31) - 1
+_FLOAT32_MAX = 3.4e38
 
 
 class ModelConfig:
@@ -44,16 +45,16 @@ class ModelConfig:
         """Raise a `ConvertError` about this config; `reason` ends with the next step."""
         raise ConvertError(f"{self.path} {reason}")
 
-    def integer(self, *names: str, default: int | None = _MISSING, low: int = 1) -> Any:
-        """Get a whole number of at least `low`."""
+    def integer(self, *names: str, default: int | None = _MISSING, low: int = 1, high: int = _INT32_MAX) -> Any:
+        """Get a whole number from `low` to `high`."""
         value = self._find(names, default)
         if value is default:
             return value
         # Some configs write 1000000.0.
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _INT32_MAX:
-            self.refuse(f"has {names[0]} {show(str(value))}, expected a whole number from {low}; correct it")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(f"has {names[0]} {show(str(value))}, expected a whole number from {low} to {high}; correct it")
         return value
 
     def number(self, *names: str, default: float | None = _MISSING) -> Any:
@@ -61,7 +62,7 @@ class ModelConfig:
         value = self._find(names, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value) or not abs(value) <= _FLOAT32_MAX:
             self.refuse(f"has {names[0]} {show(str(value))}, expected a number; correct it")
         return float(value)
 
@@ -79,13 +80,12 @@ class ModelConfig:
             self.refuse(f"has {name} {show(str(value))}, expected a text; correct it")
         return value
 
-    def integers(self, name: str, length: int, default: Sequence[int] | None = None) -> list[int]:
-        """Get a list of `length` whole numbers."""
-        return self._list(name, int, length, default)
-
-    def texts(self, name: str, length: int, default: Sequence[str] | None = None) -> list[str]:
+    def texts(self, name: str, length: int) -> list[str]:
         """Get a list of `length` texts."""
-        return self._list(name, str, length, default)
+        value = self._values.get(name)
+        if not isinstance(value, list) or len(value) != length or not all(isinstance(item, str) for item in value):
+            self.refuse(f"has no list of {length} texts as {name}; give the config that belongs to the weights")
+        return value
 
     def says(self, name: str, default: bool = False) -> bool:
         """Say whether a value of any kind is there that is not null, false, 0 or empty."""
@@ -102,14 +102,16 @@ class ModelConfig:
         """How rotary positions are stretched: ``"default"``, ``"linear"``, ``"yarn"``, ``"llama3"``, ..."""
         return str(self._rope.get("rope_type") or self._rope.get("type") or "default")
 
-    def rope(self, name: str, default: Any = _MISSING) -> Any:
-        """Get a number of the rotary positions, wherever this release keeps it."""
+    def rope(self, name: str, default: float | None = _MISSING, high: float = _FLOAT32_MAX) -> Any:
+        """Get a number of the rotary positions, above 0, wherever this release keeps it."""
         value = self._rope.get(name)
         if value is None:
             value = self._find((name,), default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            self.refuse(f"has {name} {show(str(value))}, expected a number; correct it")
-        return value
+        if value is default:
+            return value
+        if not _is_number(value) or not 0 < value <= high:
+            self.refuse(f"has {name} {show(str(value))}, expected a number above 0; correct it")
+        return float(value)
 
     def rope_flag(self, name: str, default: bool) -> bool:
         """Get true or false of the rotary positions."""
@@ -126,10 +128,6 @@ class ModelConfig:
             self.refuse(f"does not say {names[0]}; give the config that belongs to the weights")
         return default
 
-    def _list(self, name: str, kind: type, length: int, default: Sequence[Any] | None) -> list[Any]:
-        value = self._values.get(name)
-        if value is None and default is not None:
-            value = list(default)
-        if not isinstance(value, list) or len(value) != length or not all(isinstance(item, kind) for item in value):
-            self.refuse(f"has no list of {length} values as {name}; give the config that belongs to the weights")
-        return value
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,11 +31,11 @@ def rope_keys(config: ModelConfig) -> Mapping[str, Value]:
         return keys
     if kind not in ("linear", "yarn"):
         config.refuse(f"stretches positions by {show(kind)}, which cannot be converted; known are linear, yarn, llama3")
-    factor = float(config.rope("factor"))
+    factor = config.rope("factor")
     keys[Keys.Rope.SCALING_TYPE] = text(RopeScalingType[kind.upper()].value)
     keys[Keys.Rope.SCALING_FACTOR] = f32(factor)
     if kind == "yarn":
-        keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = u32(int(config.rope("original_max_position_embeddings")))
+        keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = u32(int(config.rope("original_max_position_embeddings", high=2**31)))
         for name, key in (
             ("beta_fast", Keys.Rope.SCALING_YARN_BETA_FAST),
             ("beta_slow", Keys.Rope.SCALING_YARN_BETA_SLOW),
@@ -46,7 +46,7 @@ def rope_keys(config: ModelConfig) -> Mapping[str, Value]:
         # llama.cpp computes it from the factor alone.
         attention, usual = config.rope("attention_factor", default=None), 1 + 0.1 * math.log(factor)
         if attention is not None and not math.isclose(attention, usual, rel_tol=1e-3):
-            config.refuse(f"has a yarn attention_factor of {attention}, but llama.cpp computes {usual:.4f} only")
+            config.refuse(f"has a yarn attention_factor of {attention}, but llama.cpp computes {usual:.4f}; it cannot be converted")
     return keys
 
 
@@ -54,9 +54,9 @@ def rope_factors(config: ModelConfig, rope_dim: int) -> Floats | None:
     """Give divisors of the rotary frequencies, float32 [rope_dim / 2], where Llama 3's way of stretching is used."""
     if config.rope_type != "llama3":
         return None
-    frequency = float(config.rope("rope_theta")) ** (-np.arange(0, rope_dim, 2) / rope_dim)
-    factor, original = float(config.rope("factor")), float(config.rope("original_max_position_embeddings"))
-    low, high = float(config.rope("low_freq_factor")), float(config.rope("high_freq_factor"))
+    frequency = config.rope("rope_theta") ** (-np.arange(0, rope_dim, 2) / rope_dim)
+    factor, original = config.rope("factor"), config.rope("original_max_position_embeddings")
+    low, high = config.rope("low_freq_factor"), config.rope("high_freq_factor")
     if high < low:
         config.refuse(f"has a high_freq_factor of {high}, expected at least {low}; correct it")
     # Of turns within the original context: many stay as they are, few are slowed down, between them it is blended.

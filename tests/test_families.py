@@ -50,7 +50,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def answers(path: Path, model: Any) -> tuple[Logits, Logits]:
     """Logits of llama.cpp and of transformers along llama.cpp's greedy answer, [1 + N_TOKENS, n_vocab] each."""
-    llama = plain_llama(path, n_ctx=256, n_batch=64, n_threads=2, type_k=0, type_v=0)
+    # One thread: two wait for each other at every node, which takes minutes beside a busy neighbour.
+    llama = plain_llama(path, n_ctx=256, n_batch=64, n_threads=1, n_threads_batch=1, type_k=0, type_v=0)
     answer = greedy(llama, PROMPT, N_TOKENS)
     ours = logits(llama, PROMPT, answer)
     llama.close()
