@@ -46,7 +46,7 @@ def rope_keys(config: ModelConfig) -> Mapping[str, Value]:
         # llama.cpp computes it from the factor alone.
         attention, usual = config.rope("attention_factor", default=None), 1 + 0.1 * math.log(factor)
         if attention is not None and not math.isclose(attention, usual, rel_tol=1e-3):
-            config.refuse(f"has a yarn attention_factor of {attention}, but llama.cpp computes {usual:.4f}; it cannot be converted")
+            config.refuse(f"has attention_factor {attention}, but llama.cpp has {usual:.4f}; it cannot be converted")
     return keys
 
 

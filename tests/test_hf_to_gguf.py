@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,7 @@ from safetensors_bytes import (
 )
 
 from edgemoe import Llama
+from edgemoe.cli import main
 from edgemoe.cli.convert_hf import TYPES
 from edgemoe.converters.checkpoint import Checkpoint
 from edgemoe.converters.families import FAMILIES, family_of
@@ -333,6 +335,20 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert written.notes == (
         "2 of the checkpoint's tensors are left out: they see, or predict further tokens than the next.",
     )
+
+
+def test_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model.gguf"
+    arguments = ["convert", "hf", str(checkpoint), "-o", str(output), "--type"]
+    done = CliRunner().invoke(main, [*arguments, "q4_k"])
+    assert done.exit_code == 0 and done.stdout == ""
+    first, second = done.stderr.splitlines()
+    assert re.fullmatch(rf"{output}: Qwen3-MoE \(qwen3moe\), .* KiB, tensors 2 Q6_K, 11 F32, 10 Q4_K, 4 Q5_0\.", first)
+    assert second.startswith("4 tensors (blk.0.attn_output.weight, ...) are Q5_0")
+    done = CliRunner().invoke(main, [*arguments, "q8_0"], prog_name="edgemoe")
+    assert done.exit_code == 1
+    assert done.stderr == f"edgemoe: {output} exists already; give another output, or --force to replace it\n"
+    assert "'q4_0' is not one of" in CliRunner().invoke(main, [*arguments, "q4_0"]).stderr
 
 
 def test_no_such_type(checkpoint: Path, tmp_path: Path) -> None:
