@@ -23,7 +23,7 @@ from edgemoe.errors import ConvertError
 from edgemoe.ggml_types import type_blocks, type_name
 from edgemoe.llama_library import quantize_rows
 
-__all__ = ["FILE_TYPES", "FileType", "quantized", "row_bytes", "tensor_type"]
+__all__ = ["FILE_TYPES", "FileType", "quantized", "tensor_bytes", "tensor_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,9 @@ def tensor_type(name: str, shape: Shape, file_type: FileType) -> Type:
     return Type.F16
 
 
-def row_bytes(kind: Type, n_weights: int) -> int:
-    """Bytes of a row."""
-    weights, n_bytes = _blocks(kind)
-    return n_weights // weights * n_bytes
+def tensor_bytes(kind: Type, shape: Shape) -> int:
+    """Size of a tensor's data in bytes."""
+    return prod(shape[:-1]) * _row_bytes(kind, shape[-1])
 
 
 def quantized(rows: Floats, kind: Type, name: str) -> npt.NDArray[np.uint8]:
@@ -123,15 +122,15 @@ def quantized(rows: Floats, kind: Type, name: str) -> npt.NDArray[np.uint8]:
             f"tensor {name} has weights above {_MAX_F16:.0f}, which {type_name(kind)} cannot hold; use --type bf16"
         )
     n_weights = rows.shape[-1] if rows.shape else 1
-    return quantize_rows(kind, rows.reshape(-1, n_weights), row_bytes(kind, n_weights))
+    return quantize_rows(kind, rows.reshape(-1, n_weights), _row_bytes(kind, n_weights))
+
+
+def _row_bytes(kind: Type, n_weights: int) -> int:
+    weights, n_bytes = _blocks(kind)
+    return n_weights // weights * n_bytes
 
 
 def _blocks(kind: Type) -> tuple[int, int]:
     blocks = type_blocks(kind)
     assert blocks is not None, "all types named here are known"
     return blocks
-
-
-def tensor_bytes(kind: Type, shape: Shape) -> int:
-    """Bytes of a tensor."""
-    return prod(shape[:-1]) * row_bytes(kind, shape[-1])
