@@ -30,16 +30,29 @@ from edgemoe.evaluation import held_out_tokens
 from edgemoe.fingerprint import fingerprint
 from edgemoe.index import read_index
 from edgemoe.patterns import PatternStore
+from edgemoe.plan import headroom_of
+from edgemoe.router_tap import trace_memory
 
 COMMON = "common"
 WAYS = ("lru", "own", "wrong", COMMON)
+N_BATCH = 512
 FIRST = 64  # tokens after a cold start
 
 
 def read(model: Path, ram: int, tokens: list[int], way: str, task: str, store: Path, threads: int) -> dict[str, float]:
     """One text, from a cold start."""
-    tasks: dict[str, Any] = {} if way == "lru" else {"experts": "auto", "task": task, "tasks": store}
-    with Llama(str(model), ram=ram, n_ctx=len(tokens), n_threads=threads, n_threads_batch=threads, **tasks) as llama:
+    options: dict[str, Any] = {"experts": "auto", "task": task, "tasks": store}
+    if way == "lru":
+        options = {"reserved": (trace_memory(read_index(model), N_BATCH),)}  # what `auto` sets aside: equal arenas
+    with Llama(
+        str(model),
+        ram=ram,
+        n_ctx=len(tokens),
+        n_batch=N_BATCH,
+        n_threads=threads,
+        n_threads_batch=threads,
+        **options,
+    ) as llama:
         started = time.perf_counter()
         half: Any = None
         for number, token in enumerate(tokens):
@@ -74,13 +87,16 @@ def run(model: Path, store: Path, text: Path, shares: list[float], n_tokens: int
             tasks.save(pattern)
         with Llama(str(model), ram="50%", n_ctx=n_tokens, experts="auto", tasks=folder) as llama:
             # What all but the experts takes, matching included: the same for every way.
-            fixed = llama.plan.budget.bytes - llama.plan.arena_bytes
+            plan = llama.plan
+            free = plan.bytes_of("left free") + plan.bytes_of("headroom")
+            fixed = plan.budget.bytes - plan.arena_bytes - free
             texts = {
                 pattern.task: held_out_tokens(llama, read_documents([text / f"{pattern.task}.jsonl"]))[:n_tokens]
                 for pattern in known
             }
         for share in shares:
-            ram = fixed + round(share * index.expert_bytes)
+            planned = fixed + round(share * index.expert_bytes)
+            ram = planned + headroom_of(planned)
             rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
             for pattern in known:
                 chosen = {

@@ -53,8 +53,8 @@ class Residency:
         self._allow(chosen)
         return self._hold(chosen, chosen)
 
-    def prefer(self, warm: ExpertSet, kept: ExpertSet) -> Switch:
-        """Allow every expert, but have `warm` in memory now, and `kept`, the best of them, leave last.
+    def prefer(self, warm: ExpertSet, kept: ExpertSet | None) -> Switch:
+        """Allow every expert, but have `warm` in memory now, and `kept`, the best of them if any, leave last.
 
         Raises
         ------
@@ -82,12 +82,13 @@ class Residency:
             whole = chosen is None or len(ids) == chosen.n_expert
             self._store.session.keep(layer, [] if whole else list(ids))
 
-    def _hold(self, warm: ExpertSet, kept: ExpertSet) -> Switch:
+    def _hold(self, warm: ExpertSet, kept: ExpertSet | None) -> Switch:
         started, before = time.perf_counter(), self._store.stats()
         session = self._store.session
         # First who may stay, so that those of the former task make room.
-        for layer, ids in zip(kept.layers, kept.kept, strict=True):
-            session.prefer(layer, list(ids))
+        staying = {} if kept is None else dict(zip(kept.layers, kept.kept, strict=True))
+        for layer in self._layers:
+            session.prefer(layer, list(staying.get(layer, ())))
         for layer, ids in zip(warm.layers, warm.kept, strict=True):
             self._store.warm(layer, ids)
         return Switch(self._store.stats().bytes_read - before.bytes_read, time.perf_counter() - started)

@@ -36,6 +36,10 @@ WARM_SHARE = 0.95
 PREFERRED = 0.5
 """Part of the arena that ``auto`` holds for the task's best experts; the other part follows what is really used."""
 
+FEWEST_CYCLES = 4
+"""Token cycles (one token's experts in all layers) that the arena must hold before ``auto`` prefers any expert: in a
+smaller one what was used last is worth more, see `benchmarks/soft_cache.py`."""
+
 FEWEST_TOKENS = 16
 """New tokens that a turn must have to question a task that is active already."""
 
@@ -252,9 +256,20 @@ class TaskMode:
             self.switch = self._residency.restrict(self.experts_of(task))
         else:
             pattern = self.pattern(task)
-            best = choose(pattern, self._layers, self._warm_budget(pattern, PREFERRED))
-            self.switch = self._residency.prefer(self.experts_of(task), best)
+            self.switch = self._residency.prefer(self.experts_of(task), self._preferred(pattern))
         self.active = task
+
+    def _preferred(self, pattern: Pattern) -> ExpertSet | None:
+        """Experts that ``auto`` evicts last."""
+        assert self._budget.n_bytes is not None
+        if self._budget.n_bytes < FEWEST_CYCLES * self._token_cycle:
+            return None
+        return choose(pattern, self._layers, self._warm_budget(pattern, PREFERRED))
+
+    @property
+    def _token_cycle(self) -> int:
+        """Bytes of the fewest experts that all layers can route with."""
+        return sum(k * size for k, size in zip(self._layers.floor, self._layers.expert_bytes, strict=True))
 
     def _warm_budget(self, pattern: Pattern, part: float) -> ExpertBudget:
         """Bytes that ``auto`` reads ahead: part of the arena, but not experts that hardly any token needs."""

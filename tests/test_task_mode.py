@@ -159,7 +159,10 @@ def test_what_is_read_ahead_stays_within_the_arena_and_leaves_out_what_is_hardly
     assert warm == mode.active_set
     most = max(600, min(arena, mass_share(mass, LAYERS, WARM_SHARE).n_bytes(LAYERS.expert_bytes)))
     assert warm.n_bytes(LAYERS.expert_bytes) <= most
-    assert kept.n_bytes(LAYERS.expert_bytes) <= max(600, arena / 2 + 1)
+    if arena < 4 * 600:
+        assert kept is None, "in so small an arena what was used last is worth more"
+    else:
+        assert kept.n_bytes(LAYERS.expert_bytes) <= arena / 2 + 1
     for chosen in (warm, kept):
         assert all(size >= k for size, k in zip(chosen.sizes, LAYERS.floor, strict=True))
     if not curves:
