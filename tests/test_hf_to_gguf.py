@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from safetensors_bytes import (
 from edgemoe import Llama
 from edgemoe.cli import main
 from edgemoe.cli.convert_hf import TYPES
+from edgemoe.converters import hf_to_gguf
 from edgemoe.converters.checkpoint import Checkpoint
 from edgemoe.converters.families import FAMILIES, family_of
 from edgemoe.converters.family import Family
@@ -349,6 +350,23 @@ def test_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert done.stderr == f"edgemoe: {output} exists already; give another output, or --force to replace it\n"
     assert "'q4_0' is not one of" in CliRunner().invoke(main, [*arguments, "q4_0"]).stderr
+
+
+def test_threads_hold_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are begun only while what is begun and not yet taken fits; one always is, however large."""
+    monkeypatch.setattr(hf_to_gguf, "_BYTES_IN_FLIGHT", 100)
+    for n_bytes, most in ((40, 2), (100, 1), (1000, 1)):
+        taken = []
+
+        def jobs(n_bytes: int = n_bytes, most: int = most, taken: list[int] = taken) -> Iterator[Any]:
+            for number in range(20):
+                assert number - len(taken) <= most
+                yield n_bytes, lambda number=number: np.array([number])
+
+        with hf_to_gguf._Threads() as threads:
+            for result in threads.ordered(jobs()):
+                taken.append(int(result[0]))
+        assert taken == list(range(20))
 
 
 def test_no_such_type(checkpoint: Path, tmp_path: Path) -> None:
