@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
+from edgemoe.atomic_file import atomic_file
 from edgemoe.errors import AllocationError, PatternError
 from edgemoe.evidence import DocumentShares, QualityRow, Source
 from edgemoe.fingerprint import ModelFingerprint
@@ -114,16 +114,9 @@ def write_pattern(pattern: Pattern, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     data = encode(pattern)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            file.write(data)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise PatternError(f"{path} cannot be written: {reason}; check the folder and the disk") from None

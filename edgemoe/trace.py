@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgemoe.atomic_file import atomic_file
 from edgemoe.errors import TraceError
 
 __all__ = ["ExpertOutputs", "RoutedTokens", "RouterTrace", "top_k"]
@@ -199,16 +199,9 @@ class RoutedTokens:
         }
         if self.outputs:
             arrays |= {f"outputs_{name}": getattr(self.outputs, name) for name in _OUTPUTS}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            try:
-                with unfinished.open("wb") as file:
-                    np.savez(file, **arrays)
-                    file.flush()
-                    os.fsync(file.fileno())
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with atomic_file(path) as file:
+                np.savez(file, **arrays)
         except OSError as error:
             raise TraceError(f"{path} cannot be written ({error.strerror}); check the folder and free space") from error
 
