@@ -168,7 +168,8 @@ def save_plot(summaries: Sequence[Summary], n_expert: int, title: str, path: Pat
     changes = [change for points in lines.values() for _, change in points]
     # Logarithmic above 1 %, linear below, so that no cost at all has its place on the axis.
     axes.set_yscale("symlog", linthresh=1.0, linscale=0.5)
-    axes.set_ylim(min([0.0, *changes]) * 1.2, max([2.0, *changes]) * 1.5)
+    # Above the highest line there is room for the names, which are moved upwards where lines end close together.
+    axes.set_ylim(min([0.0, *changes]) * 1.2, max([2.0, *changes]) * 2 ** (len(lines) / 2))
     axes.yaxis.set_major_locator(FixedLocator([-1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+,.0f} %" if value else "full model"))

@@ -238,7 +238,7 @@ class _Reader(FileWindow):
                 guess = next((what for magic, what in _FOREIGN if first.lstrip().startswith(magic)), "unknown data")
             self.fail(
                 f"is not a GGUF file: it starts with {first[:8]!r} ({guess}), expected b'GGUF'",
-                "give the path of a .gguf file, or convert the model with llama.cpp's convert_hf_to_gguf.py",
+                "give the path of a .gguf file, or make one of a checkpoint with edgemoe convert hf",
             )
         self.skip(4)
         self.doing = "the version"
