@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import click.testing
 import pytest
 from plain_llama import TINY_MOE, greedy, plain_llama
 from task_texts import DOCUMENTS, told
 
 from edgemoe.backend import Llama
 from edgemoe.chat import ChatSession, Sampling
+from edgemoe.cli import main
 from edgemoe.errors import BudgetError, PatternError
 
 RAM = "400MiB"
@@ -100,6 +102,31 @@ def test_interrupted_profile_goes_on(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert again.wait(timeout=300) == 0
     assert (tmp_path / "store" / "maths.pattern").exists()
+
+
+def test_interrupted_while_layers_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgemoe.sensitivity.sensitivity", stopped)
+    lines = write_lines(tmp_path / "few.jsonl", MATHS[:5])
+    command = [
+        "profile",
+        TINY_MOE,
+        lines,
+        "--task",
+        "maths",
+        "--store",
+        tmp_path / "store",
+        "--ram",
+        "4GiB",
+        "--ctx",
+        128,
+    ]
+    result = click.testing.CliRunner().invoke(main, [str(argument) for argument in command])
+    assert result.exit_code == 130
+    assert "Stopped: maths is saved, without what each layer loses" in " ".join(result.stderr.split())
+    assert (tmp_path / "store" / "maths.pattern").exists() and list((tmp_path / "store" / ".maths.recorded").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,13 @@ def _profile(
         every = max(1, len(pieces) // CURVE_PIECES)
         windows = [piece.tokens for piece in pieces[::every] if len(piece.tokens) > 1][:CURVE_PIECES]
         with steps.step("measuring layers") as progress:
-            curves = sensitivity(
-                llama, windows, pattern.rank_scores, ExpertLayers.of(llama.index), on_progress=progress
-            )
+            try:
+                curves = sensitivity(
+                    llama, windows, pattern.rank_scores, ExpertLayers.of(llama.index), on_progress=progress
+                )
+            except KeyboardInterrupt:
+                remark(f"Stopped: {task} is saved, without what each layer loses: the same command goes on.")
+                raise
         pattern = replace(pattern, sensitivity=curves)
         patterns.save(pattern)
     spool.remove()
