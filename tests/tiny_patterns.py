@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edgemoe.evidence import DocumentShares, QualityRow, Source
-from edgemoe.fingerprint import ModelFingerprint
+from edgemoe.fingerprint import ModelFingerprint, fingerprint
+from edgemoe.index import read_index
 from edgemoe.loss_curves import LossCurves
 from edgemoe.pattern import Pattern, make_pattern
+from edgemoe.patterns import PatternStore
 
 ROW = QualityRow("2/4", "uniform", "peu", 4.0, 12.5, 0.03, 0.01, None, "held-out text of maths", 3)
 
@@ -66,3 +69,13 @@ def tiny_pattern(
         sensitivity,
         (ROW,) if measured else (),
     )
+
+
+def stored_patterns(path: Path, folder: Path, *tasks: str) -> Path:
+    """A folder with random tasks of a model file, `maths` and `law` unless others are named."""
+    model = fingerprint(read_index(path))
+    store = PatternStore(model, folder)
+    for number, task in enumerate(tasks or ("maths", "law")):
+        mass = np.random.default_rng(number).random((len(model.layers), model.n_expert), dtype=np.float32)
+        store.save(tiny_pattern(task, model, scores={"peu": mass}, measured=False, seed=number))
+    return folder
