@@ -409,7 +409,7 @@ def test_perplexity_of_a_trained_model(type_: str, tolerance: float, tmp_path: P
     domain = {"f16": "french", "q8_0": "config", "q4_k": "chat"}[type_]
     row = re.search(rf"^\| {domain} \| 4096 \| [\d.]+ \| ([\d.]+) \|", HELD_OUT.read_text(), re.MULTILINE)
     assert row is not None
-    with Llama(tmp_path / "model.gguf", ram="8GiB", n_ctx=512, logits_all=True, verbose=False) as llama:
+    with Llama(tmp_path / "model.gguf", ram="4GiB", n_ctx=512, logits_all=True, verbose=False) as llama:
         tokens: list[int] = []
         for line in (SHARED_MODELS / "eval" / f"{domain}.jsonl").read_text().splitlines():
             tokens += [*llama.tokenize(json.loads(line)["text"].encode(), add_bos=False, special=True), 0]

@@ -97,7 +97,7 @@ def test_what_was_said_is_found_in_its_prompt(said: list[int], tokens: list[int]
 def test_a_profiled_text_and_the_same_text_heard_agree(tmp_path: Path) -> None:
     """What tasks are stored by and what prompts are matched by, on the trained model."""
     document = Document("a", "import os\n\n\ndef parent(path):\n    return os.path.dirname(path)\n" * 4)
-    settings = {"ram": "400MiB", "n_ctx": 128, "n_batch": 32, "n_threads": 1, "n_threads_batch": 1}
+    settings = {"ram": "4GiB", "n_ctx": 128, "n_batch": 32, "n_threads": 1, "n_threads_batch": 1}
     with Llama(str(TINY_MOE), logits_all=True, **settings) as llama:
         (piece,) = pieces_of(llama, document, 0)
         spool = Spool(tmp_path)
