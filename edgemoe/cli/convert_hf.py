@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgemoe.cli import options
+from edgemoe.cli.convert import writing
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 """Keys of `edgemoe.converters.quantize.FILE_TYPES`, written here so that the help imports nothing."""
@@ -28,8 +29,8 @@ def command(checkpoint: Path, output: Path, type_: str, force: bool) -> None:
     from edgemoe.converters.hf_to_gguf import convert_checkpoint
     from edgemoe.memory import format_bytes
 
-    with ui.Loading(shown=True, what="converting") as converting:
-        written = convert_checkpoint(checkpoint, output, type_, force=force, on_progress=converting.progress)
+    with writing() as progress:
+        written = convert_checkpoint(checkpoint, output, type_, force=force, on_progress=progress)
     types = ", ".join(f"{count} {name}" for name, count in written.types.items())
     ui.note(f"{output}: {written.family} ({written.architecture}), {format_bytes(written.n_bytes)}, tensors {types}.")
     if written.resumed:
