@@ -1,7 +1,8 @@
 """Which task's experts a running model uses: matched to what it reads, or pinned by the user.
 
 ``task`` routes within the task's set (PreMoe's k/M); a miss cannot happen, and the model is the pruned one. ``auto``
-lets every expert be chosen, has the task's set in memory first and evicts it last: the answers are exact.
+lets every expert be chosen, has the task's set in memory first and, in an arena that is not small, evicts it last: the
+answers are exact.
 """
 
 from __future__ import annotations
