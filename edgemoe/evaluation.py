@@ -181,18 +181,20 @@ def summarise(results: Sequence[Result]) -> list[Summary]:
 
 
 def with_quality(pattern: Pattern, results: Sequence[Result], model: str) -> Pattern:
-    """Write what was measured on a task's own text into its pattern (RT-6), in place of older figures of the same sets.
+    """Write what was measured of a task into its pattern (RT-6), in place of older figures of the same sets.
 
     Parameters
     ----------
     pattern : Pattern
         The task.
     results : sequence of Result
-        Of this task.
+        Those on its own text count, and those of its own sets on other tasks' text.
     model : str
         Name of the quantization that was measured.
     """
-    rows = [_quality(result, model) for result in results]
+    rows = [
+        _quality(result, pattern.task, model) for result in results if pattern.task in (result.task, result.arm.task)
+    ]
     measured = {_key(row) for row in rows}
     return replace(pattern, quality=(*(row for row in pattern.quality if _key(row) not in measured), *rows))
 
@@ -215,13 +217,14 @@ def _summary(group: Sequence[Result]) -> Summary:
     )
 
 
-def _quality(result: Result, model: str) -> QualityRow:
+def _quality(result: Result, task: str, model: str) -> QualityRow:
     arm, figures = result.arm, result.figures
     size = f"{arm.sets[0].n_expert_used}/{arm.keep}"
     whose = {FULL: "full", OWN: size, RANDOM: size, WEIGHTS: size, ALL_TASKS: f"{size} of all tasks"}
+    expert_set = whose.get(arm.name, f"{size} of {arm.task}, {arm.name}")
     n_tokens = int(figures.tokens.sum()) // len(arm.sets)
     return QualityRow(
-        expert_set=whose.get(arm.name, f"{size} of {arm.task}, {arm.name}"),
+        expert_set=expert_set if result.task == task else f"{size} on text of {result.task}",
         allocation=arm.allocation,
         criterion=arm.criterion,
         mean_kept=arm.mean_kept,

@@ -10,10 +10,30 @@ from edgemoe.evidence import QualityRow
 from edgemoe.keep import Keep
 from edgemoe.pattern import Pattern
 
-__all__ = ["ALLOCATIONS", "expected_cost"]
+__all__ = ["ALLOCATIONS", "SAFE_CHANGE", "expected_cost", "safe_point"]
 
 ALLOCATIONS = ("measured", "mass", "uniform")
 """Ways to spread experts over layers, the best one first."""
+
+
+SAFE_CHANGE = 0.25
+"""Change of perplexity, as a share, up to which a set that was measured counts as safe to route within."""
+
+
+def safe_point(pattern: Pattern) -> int | None:
+    """Fewest experts of a layer, mean over layers, that were measured to be safe (RT-3).
+
+    Returns
+    -------
+    int or None
+        None where nothing was measured to cost more than `SAFE_CHANGE`.
+    """
+    unsafe = [
+        kept
+        for kept in range(1, pattern.n_expert)
+        if (row := expected_cost(pattern, kept)) is not None and (row.perplexity_change or 0.0) > SAFE_CHANGE
+    ]
+    return max(unsafe) + 1 if unsafe else None
 
 
 def expected_cost(pattern: Pattern, mean_kept: float) -> QualityRow | None:

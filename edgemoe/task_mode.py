@@ -7,6 +7,7 @@ answers are exact.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from edgemoe.matcher import Match, TaskDocuments, TaskMatcher, next_task
 from edgemoe.memory import format_bytes
 from edgemoe.patterns import Pattern, PatternStore
 from edgemoe.plan import ExpertPlan, expert_pages
+from edgemoe.quality import SAFE_CHANGE, safe_point
 from edgemoe.residency import Residency, Switch
 from edgemoe.routed_shares import RoutedShares
 
@@ -160,7 +162,8 @@ class TaskMode:
         Raises
         ------
         BudgetError
-            If the experts asked for do not fit the arena; ``needed`` is the budget that would do.
+            If the experts asked for do not fit the arena, or are so few that routing within them was measured to be
+            unsafe; ``needed`` is the budget that would do.
         """
         one_each = sum(self._layers.expert_bytes)
         everything_fits = plan.resident_share == 1.0
@@ -187,8 +190,24 @@ class TaskMode:
                 )
         self._budget = ExpertBudget(n_bytes=wanted)
         self._residency = residency
-        for pattern in self._patterns.values():
-            self.experts_of(pattern.task)  # refused now, not in mid-conversation
+        for task in self._patterns:
+            self.experts_of(task)  # refused now, not in mid-conversation
+        if self.mode == "task":
+            self._refuse_unsafe(plan)
+
+    def _refuse_unsafe(self, plan: ExpertPlan) -> None:
+        """Refuse fewer experts than were measured to be safe, naming the task that needs most."""
+        safe, task = max((safe_point(pattern) or 0, task) for task, pattern in self._patterns.items())
+        chosen = self.experts_of(task)
+        if math.ceil(chosen.mean_kept) >= safe:
+            return
+        needed = plan.budget.bytes + sum(self._layers.expert_bytes) * safe - plan.arena_bytes
+        more = f" with --ram {-(-needed // 2**20)}MiB" if needed > plan.budget.bytes else ""
+        raise BudgetError(
+            f"{chosen} experts are too few for task {task}: fewer than {safe} of {chosen.n_expert} in a layer were"
+            f" measured to cost more than {SAFE_CHANGE:.0%} perplexity; keep {safe}{more}, or give --experts auto",
+            needed=max(needed, plan.budget.bytes),
+        )
 
     def experts_of(self, task: str) -> ExpertSet:
         """Experts that a task would have in force: all that may be chosen, or that are in memory first.

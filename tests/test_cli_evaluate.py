@@ -87,7 +87,9 @@ def test_table_csv_and_quality(place: Place) -> None:
     assert all(float(row["kl"]) > 0 and row["tokens"] == "64" for row in rows if row["arm"] != "full model")
     pattern = place.store.load("maths")
     own = [row for row in rows if row["task"] == "maths"]
-    assert len(pattern.quality) == len(own)
+    assert len([row for row in pattern.quality if row.text.startswith("held-out text of maths")]) == len(own)
+    abroad = [row for row in rows if row["task"] == "law" and row["set_of"] == "maths"]
+    assert abroad and sum(row.expert_set.endswith("on text of law") for row in pattern.quality) == len(abroad)
     cost = expected_cost(pattern, 4)
     (measured,) = [
         row
@@ -206,4 +208,5 @@ def test_interrupted_keeps_what_is_complete(place: Place) -> None:
     assert "Stopped: 1 of 2 tasks are complete." in complained
     assert "Traceback" not in complained
     assert place.store.load("law").quality
-    assert not place.store.load("maths").quality
+    of_maths = {row.expert_set for row in place.store.load("maths").quality}
+    assert of_maths and all(kept.endswith("on text of law") for kept in of_maths), "its own text was not reached"

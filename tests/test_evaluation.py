@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +30,7 @@ from edgemoe.evaluation import (
 )
 from edgemoe.expert_set import ExpertLayers, ExpertSet, everything
 from edgemoe.perplexity import Figures, measure
+from edgemoe.quality import safe_point
 
 
 def some(kept: int, first: int = 0, n_expert: int = 8) -> ExpertSet:
@@ -152,3 +154,12 @@ def test_quality_is_written_into_the_pattern_in_place_of_older_figures() -> None
     smaller = Arm(OWN, "maths", "uniform", "peu", 3, (some(3),))
     again = with_quality(with_quality(pattern, results, "Q8_0"), [Result("maths", smaller, figures(0.5))], "Q8_0")
     assert len(again.quality) == 6  # other sizes stay
+
+
+def test_a_task_s_set_on_another_task_s_text_is_kept_with_the_task_too() -> None:
+    law = tiny_pattern("law")
+    arms = [OWN_4, Arm(NEAREST, "law", "uniform", "peu", 4, (some(4, 2),))]
+    quality = with_quality(law, [Result("maths", arm, figures(0.1, 0.3)) for arm in arms], "Q8_0").quality
+    (abroad,) = (row for row in quality if row not in law.quality)
+    assert (abroad.expert_set, abroad.text) == ("2/4 on text of maths", "held-out text of maths, 20 tokens, Q8_0")
+    assert safe_point(replace(law, quality=(abroad,))) is None, "it says nothing of the task's own text"

@@ -12,7 +12,7 @@ from tiny_patterns import tiny_pattern
 
 from edgemoe.evidence import QualityRow
 from edgemoe.pattern import Pattern
-from edgemoe.quality import expected_cost
+from edgemoe.quality import SAFE_CHANGE, expected_cost, safe_point
 
 
 def row(kept: float, change: float, **others: object) -> QualityRow:
@@ -63,6 +63,20 @@ def test_the_best_allocation_counts_and_only_the_tasks_own_sets() -> None:
     )
     found = expected_cost(pattern_with(*rows), 4)
     assert found is not None and (found.allocation, found.perplexity_change) == ("mass", pytest.approx(0.7))
+
+
+def test_the_safe_point_is_the_first_size_that_costs_little_enough() -> None:
+    pattern = pattern_with(row(2, 1.0), row(4, 0.5), row(6, 0.1))
+    safe = safe_point(pattern)
+    assert safe is not None and 4 < safe <= 6
+    below, at = expected_cost(pattern, safe - 1), expected_cost(pattern, safe)
+    assert below is not None and (below.perplexity_change or 0) > SAFE_CHANGE
+    assert at is not None and (at.perplexity_change or 0) <= SAFE_CHANGE
+
+
+@pytest.mark.parametrize("rows", [(), (row(2, 0.2), row(4, 0.1))])
+def test_without_a_measured_danger_there_is_no_safe_point(rows: tuple[QualityRow, ...]) -> None:
+    assert safe_point(pattern_with(*rows)) is None
 
 
 def test_estimating_needs_no_model() -> None:

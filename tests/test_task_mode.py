@@ -19,6 +19,7 @@ from tiny_patterns import random_documents, stored_patterns, tiny_model, tiny_pa
 
 from edgemoe.allocation import ExpertBudget, by_mass, mass_share, measured, uniform
 from edgemoe.errors import BudgetError, PatternError
+from edgemoe.evidence import QualityRow
 from edgemoe.expert_set import ExpertLayers, ExpertSet, everything
 from edgemoe.index import read_index
 from edgemoe.keep import Keep
@@ -129,6 +130,19 @@ def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
     assert refused.value.needed == (1000 << 20) + 100
     opened("task", 600)
     opened("auto", 500)
+
+
+def test_so_few_experts_that_they_were_measured_to_be_unsafe_are_refused_at_once() -> None:
+    """RT-3: with the number, and the budget, that would do."""
+    costs = {3: 0.9, 5: 0.2}
+    rows = [QualityRow(f"2/{n}", "mass", "peu", n, 9.0, cost, 0.1, 0.9, "text", 1) for n, cost in costs.items()]
+    measured_dear = replace(pattern("maths"), quality=tuple(rows))
+    said = r"^2/4 .* are too few for task maths: fewer than 5 of 8 .* than 25% .* keep 5 with --ram \d+MiB, or give"
+    with pytest.raises(BudgetError, match=said) as refused:
+        opened("task", 1400, "4", measured_dear, pattern("law"))
+    assert refused.value.needed == (1000 << 20) + 3 * 5 * 100 - 1400
+    opened("task", 1500, "5", measured_dear, pattern("law"))
+    opened("auto", 1400, None, measured_dear, pattern("law"))
 
 
 @settings(deadline=None, max_examples=25)  # each fits matchers, the first imports scikit-learn

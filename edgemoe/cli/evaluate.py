@@ -107,7 +107,7 @@ def command(
     the nearest and of a wrong task, of all tasks together, and against random ones.
 
     Perplexity is given as its change against the full model; KL is the divergence from the full model's predictions in
-    nats per token, top-1 how often both expect the same token. What a task's own text gives is kept in its pattern.
+    nats per token, top-1 how often both expect the same token. What is measured of a task is kept in its pattern.
     """
     import edgemoe.chat  # noqa: F401  (before the plan, which counts what this process holds)
     from edgemoe.arms import arms_of
@@ -148,7 +148,8 @@ def command(
                     found = evaluate_task(llama, task, windows[task], plans[task], advance)
                     results += found
                     write(found)
-                    patterns.save(with_quality(patterns.load(task), found, index.quantization))
+                    for measured in sorted({task, *(result.arm.task for result in found)} - {""}):
+                        patterns.save(with_quality(patterns.load(measured), found, index.quantization))
         except KeyboardInterrupt:
             remark(f"Stopped: {len({result.task for result in results})} of {len(texts)} tasks are complete.")
             _show(results, per_task, json, index)
@@ -158,7 +159,7 @@ def command(
         from edgemoe.evaluation_report import save_plot
 
         save_plot(summarise(results), index.n_expert, _title(index, results), plot)
-    remark(f"What each task's own text gave is kept with the task in {patterns.folder}; see edgemoe tasks.")
+    remark(f"What was measured of each task is kept with it in {patterns.folder}; see edgemoe tasks.")
 
 
 def _aimer(index: ExpertIndex, remark: Callable[[str], None]) -> npt.NDArray[np.float64] | None:
