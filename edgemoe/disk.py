@@ -1,0 +1,233 @@
+"""The disk under a model: how it is best read and how fast it is then, by a probe of two seconds, cached per disk.
+
+The cache is ``disks.json`` in the user's cache folder, or in the folder that the environment variable EDGEMOE_CACHE
+names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import platformdirs
+
+from edgemoe.atomic_file import atomic_file
+from edgemoe.errors import ModelFileError, StoreError
+
+__all__ = ["DiskSpeed", "bandwidth", "disk_of", "probe"]
+
+LANES = (1, 2, 4, 8, 16)
+READ_BYTES = (256 << 10, 1 << 20, 4 << 20)
+CANDIDATES = tuple((n, size) for size in READ_BYTES for n in LANES if n * size <= 16 << 20)
+"""Lanes and read sizes to try, from the cheapest on; buffers hold 16 MiB at most."""
+
+NEAR_BEST = 0.95
+"""A cheaper way to read is as good where it reaches this share of the best one's bandwidth."""
+
+SECONDS = 2.0
+"""What a probe takes; a disk that needs twice as long, because single reads are slow, is judged by what was tried."""
+
+ROUNDS = 2
+"""The best of two tries counts: others use the disk too."""
+
+SMALL = 256 << 20
+"""A model up to this many bytes is read sooner than measured."""
+
+KEPT_SECONDS = 30 * 24 * 3600
+VERSION = 1
+
+_SYSTEM = Path("/sys/dev/block")
+# Of a mapped volume, an array, and a disk by NVMe, SCSI, virtio and MMC; a partition's are its disk's.
+_IDENTITIES = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial", "device/cid", "device/model")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """How a disk is best read.
+
+    Attributes
+    ----------
+    lanes : int
+        Reads at the same time.
+    read_bytes : int
+        Bytes of one read.
+    bytes_per_s : float or None
+        Bandwidth of O_DIRECT reads that way, bytes per second; None where it was not measured.
+    reason : str
+        Where this comes from, for printing.
+    """
+
+    lanes: int
+    read_bytes: int
+    bytes_per_s: float | None
+    reason: str
+
+
+def disk_of(path: str | os.PathLike[str]) -> str:
+    """Name the disk that a file is on: the same at every start of the system where disk and file system tell.
+
+    Disks are told apart by serial number or the like, partitions by their file system's number. What is no disk of
+    this machine (a network, an overlay) has its device number.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no such file.
+    """
+    try:
+        device = os.stat(path).st_dev  # noqa: PTH116 (a path of any kind)
+        file_system = os.statvfs(path).f_fsid
+    except OSError as error:
+        raise ModelFileError(f"{os.fspath(path)} cannot be found ({error.strerror}); check the path") from error
+    number = f"{os.major(device)}:{os.minor(device)}"
+    block = (_SYSTEM / number).resolve()
+    disk = block.parent if (block / "partition").exists() else block
+    for name in _IDENTITIES:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            identity = (disk / name).read_text().strip()
+            if identity:
+                return f"{identity} {file_system:x}"
+    return f"{number} {file_system:x}"
+
+
+def bandwidth(path: str | os.PathLike[str], lanes: int, read_bytes: int, seconds: float) -> float:
+    """Measure O_DIRECT reads at places spread over a file.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    lanes : int
+        Threads that read at the same time, each into a buffer of its own that is freed at the end.
+    read_bytes : int
+        Bytes of one read, whole pages.
+    seconds : float
+        When to begin no further read.
+
+    Returns
+    -------
+    float
+        Bytes per second.
+
+    Raises
+    ------
+    StoreError
+        If the file cannot be opened or read that way.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except AttributeError:
+        raise StoreError("this system has no O_DIRECT; use Linux to measure disks") from None
+    except OSError as error:
+        raise StoreError(f"O_DIRECT refuses {path} ({error.strerror}); keep it on a local disk") from error
+    try:
+        places = max(os.fstat(file).st_size - read_bytes, 0) // mmap.PAGESIZE
+        begin = time.monotonic()
+
+        def lane(_: int) -> int:
+            done = 0
+            with mmap.mmap(-1, read_bytes) as pages:
+                while True:
+                    done += os.preadv(file, [pages], random.randint(0, places) * mmap.PAGESIZE)
+                    if time.monotonic() - begin >= seconds:
+                        return done
+
+        with ThreadPoolExecutor(lanes) as threads:
+            done = sum(threads.map(lane, range(lanes)))
+        if not done:
+            raise StoreError(f"{path} is empty: there is no speed to measure; download or copy it again")
+        return done / (time.monotonic() - begin)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no more threads to be had
+        raise StoreError(f"O_DIRECT reads of {path} fail ({error}); check the disk") from error
+    finally:
+        os.close(file)
+
+
+def probe(path: str | os.PathLike[str]) -> DiskSpeed:
+    """Give the best way to read a file's disk, measured on the file itself unless that was done in the last 30 days.
+
+    It takes 2 seconds and at most 16 MiB, which are given back. Where nothing is known and nothing can be measured,
+    the result is 8 lanes of 1 MiB and says why.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no such file.
+    """
+    disk = disk_of(path)
+    cache = Path(os.environ.get("EDGEMOE_CACHE") or platformdirs.user_cache_path("edgemoe")) / "disks.json"
+    known = _read(cache)
+    if disk not in known:
+        size = Path(path).stat().st_size
+        if size <= SMALL:
+            return _unmeasured(f"a model of {size >> 20} MiB is not worth measuring")
+        try:
+            known[disk] = _measured(lambda lanes, read_bytes, seconds: bandwidth(path, lanes, read_bytes, seconds))
+        except StoreError as error:
+            return _unmeasured(str(error))
+        with contextlib.suppress(OSError):  # without a cache the next start measures again
+            _write(cache, known)
+    best = known[disk]
+    day = time.strftime("%Y-%m-%d", time.localtime(best.measured))
+    return DiskSpeed(best.lanes, best.read_bytes, best.bytes_per_s, f"measured on {day}")
+
+
+def _unmeasured(reason: str) -> DiskSpeed:
+    return DiskSpeed(lanes=8, read_bytes=1 << 20, bytes_per_s=None, reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What the cache holds of a disk: as `DiskSpeed`, and when it was measured (Unix time, seconds)."""
+
+    lanes: int
+    read_bytes: int
+    bytes_per_s: float
+    measured: float
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.lanes, int) and isinstance(self.read_bytes, int)
+        if not whole or (self.lanes, self.read_bytes) not in CANDIDATES or not 0 < self.bytes_per_s < math.inf:
+            raise ValueError("not what a probe finds")
+
+
+def _measured(measure: Callable[[int, int, float], float]) -> _Measured:
+    """Try the candidates; `measure(lanes, read_bytes, seconds)` gives bytes per second."""
+    begin = time.monotonic()
+    found: dict[tuple[int, int], float] = {}
+    for candidate in CANDIDATES * ROUNDS:
+        if time.monotonic() - begin < 2 * SECONDS:
+            speed = measure(*candidate, SECONDS / len(CANDIDATES) / ROUNDS)
+            found[candidate] = max(speed, found.get(candidate, 0))
+    enough = NEAR_BEST * max(found.values())
+    (lanes, read_bytes), speed = next(item for item in found.items() if item[1] >= enough)
+    return _Measured(lanes, read_bytes, speed, time.time())
+
+
+def _read(cache: Path) -> dict[str, _Measured]:
+    """Read the cache without what is too old; empty where it is missing or damaged, for it is only a cache."""
+    try:
+        document = json.loads(cache.read_bytes())
+        if document["version"] != VERSION:
+            return {}
+        known = {disk: _Measured(**entry) for disk, entry in document["disks"].items()}
+        now = time.time()
+        return {disk: entry for disk, entry in known.items() if 0 <= now - entry.measured < KEPT_SECONDS}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _write(cache: Path, known: dict[str, _Measured]) -> None:
+    document = {"version": VERSION, "disks": {disk: asdict(entry) for disk, entry in known.items()}}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(cache) as file:
+        file.write(json.dumps(document, indent=2).encode())
