@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 
-from benchmarks.arm import EDGEMOE, Arm, ArmError, Settings, ask_plan
-from benchmarks.machine import describe, make_cold
 from benchmarks.measurements import MIB, say, show, spread
+from edgemoe.bench_arm import EDGEMOE, Arm, ArmError, Settings, ask_plan
+from edgemoe.bench_machine import describe, make_cold
 
 PROMPT = 16
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.machine import describe
 from benchmarks.measurements import say
 from edgemoe.allocation import ExpertBudget, measured, uniform
 from edgemoe.backend import Llama
+from edgemoe.bench_machine import describe
 from edgemoe.documents import read_documents
 from edgemoe.evaluation import begin_of_text, cut_windows, held_out_tokens
 from edgemoe.expert_set import ExpertLayers, ExpertSet

@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from memory_cgroup import CgroupUnavailableError
 
-from benchmarks.arm import ArmError, Settings, ask_plan
-from benchmarks.machine import describe
 from benchmarks.measurements import (
     MIB,
     compare_decode,
@@ -27,6 +24,9 @@ from benchmarks.measurements import (
     say,
     show_memory,
 )
+from edgemoe.bench_arm import ArmError, Settings, ask_plan
+from edgemoe.bench_machine import describe
+from edgemoe.memory_cgroup import CgroupUnavailableError
 
 
 class Size(click.ParamType):

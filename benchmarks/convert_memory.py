@@ -26,8 +26,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.machine import make_cold
 from benchmarks.measurements import MIB, say
+from edgemoe.bench_machine import make_cold
 
 N_VOCAB, N_EMBD, N_FF, N_EXPERT, N_HEAD, N_HEAD_KV, HEAD_DIM = 32000, 2048, 768, 128, 32, 4, 128
 LIMIT = 1500 * 10**6

@@ -24,8 +24,8 @@ from typing import Any, get_args
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks.machine import describe
 from benchmarks.measurements import say
+from edgemoe.bench_machine import describe
 from edgemoe.matcher import Metric, TaskDocuments, TaskMatcher
 from edgemoe.routing_space import Space
 

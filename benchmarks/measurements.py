@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from memory_cgroup import drop_page_cache, memory_cgroup
-
-from benchmarks.arm import EDGEMOE, PLAIN, Arm, ArmError, Name, Settings
-from benchmarks.machine import make_cold
+from edgemoe.bench_arm import EDGEMOE, PLAIN, Arm, ArmError, Name, Settings
+from edgemoe.bench_machine import make_cold
+from edgemoe.memory_cgroup import drop_page_cache, memory_cgroup
 
 MIB = 1 << 20
 WARM_UP = 200  # tokens; 8 of 128 experts each

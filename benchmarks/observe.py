@@ -23,10 +23,11 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.arm import Settings, ask_plan, open_edgemoe, open_plain
-from benchmarks.machine import describe
 from benchmarks.measurements import say, show, spread
 from edgemoe.backend import Llama
+from edgemoe.bench_arm import Settings, ask_plan
+from edgemoe.bench_child import open_edgemoe, open_plain
+from edgemoe.bench_machine import describe
 from edgemoe.evidence import Source
 from edgemoe.fingerprint import fingerprint
 from edgemoe.index import read_index

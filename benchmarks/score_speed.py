@@ -19,9 +19,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.arm import REPOSITORY
-from benchmarks.machine import describe
 from benchmarks.measurements import say, show, spread
+from edgemoe.bench_machine import REPOSITORY, describe
 from edgemoe.score import CRITERIA, score
 from edgemoe.trace import ExpertOutputs, RoutedTokens, RouterTrace, top_k
 

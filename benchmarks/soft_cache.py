@@ -21,10 +21,10 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import describe
 from benchmarks.measurements import MIB, say
 from edgemoe.arms import generalist, tasks_by_similarity
 from edgemoe.backend import Llama
+from edgemoe.bench_machine import describe
 from edgemoe.documents import read_documents
 from edgemoe.evaluation import held_out_tokens
 from edgemoe.fingerprint import fingerprint

@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import describe
 from benchmarks.measurements import say
 from edgemoe.arms import spread
 from edgemoe.backend import Llama
+from edgemoe.bench_machine import describe
 from edgemoe.documents import read_documents
 from edgemoe.expert_set import ExpertLayers
 from edgemoe.fingerprint import fingerprint

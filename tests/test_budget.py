@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_cgroup import CgroupUnavailableError, memory_cgroup
 from plain_llama import TINY_MOE
+
+from edgemoe.memory_cgroup import CgroupUnavailableError, memory_cgroup
 
 MIB = 1 << 20
 PROMPT = "Explain in a few words how a river finds its way to the sea, and why the sea does not overflow. " * 4

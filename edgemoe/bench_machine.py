@@ -9,32 +9,35 @@ import os
 import platform
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arm import REPOSITORY
+from edgemoe.disk import bandwidth, disk_of, probe
+from edgemoe.errors import StoreError
+from edgemoe.index import read_index
+from edgemoe.memory import machine
+
+__all__ = ["REPOSITORY", "describe", "disk_bandwidth", "make_cold"]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+"""Where the package lies; its commit is a result's, if it is a clone."""
 
 _TRIES = 10
-_LANES = 8
-_PIECE = 1 << 20
-_PROBED = 2 << 30
+_MEASURED_SECONDS = 2.0
 
 
 def describe(model: Path) -> dict[str, Any]:
-    """The machine, the versions and the model, for the head of a result."""
-    from edgemoe.index import read_index
-    from edgemoe.memory import machine
-
+    """Describe the machine, the versions and the model, for the head of a result."""
     index = read_index(model)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "ram": machine().total,
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "disk": disk_of(model),
         "disk_bytes_per_s": disk_bandwidth(model),
         "python": platform.python_version(),
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
@@ -60,33 +63,25 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def _commit() -> str:
+    """Give the commit of this clone, or the version that is installed, maybe below somebody else's clone."""
+    if not (REPOSITORY / ".git").exists():
+        return importlib.metadata.version("edgemoe")
+    return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def disk_bandwidth(path: Path) -> float | None:
-    """Bytes per second of O_DIRECT reads of the file, 1 MiB each by 8 threads; None where O_DIRECT is refused."""
-    size = min(path.stat().st_size, _PROBED) // _PIECE * _PIECE
+    """Bytes per second of O_DIRECT reads of the file, the way that suits its disk best; None where it refuses them."""
+    best = probe(path)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
+        return bandwidth(path, best.lanes, best.read_bytes, _MEASURED_SECONDS)
+    except StoreError:
         return None
-
-    def read(lane: int) -> None:
-        with mmap.mmap(-1, _PIECE) as buffer:
-            for at in range(lane * _PIECE, size, _LANES * _PIECE):
-                os.preadv(file, [buffer], at)
-
-    try:
-        started = time.perf_counter()
-        with ThreadPoolExecutor(_LANES) as lanes:
-            list(lanes.map(read, range(_LANES)))
-        return size / (time.perf_counter() - started)
-    except OSError:
-        return None
-    finally:
-        os.close(file)
 
 
 def make_cold(path: Path) -> None:
@@ -94,7 +89,7 @@ def make_cold(path: Path) -> None:
 
     Raises
     ------
-    RuntimeError
+    StoreError
         When parts of it stay there, because a process has them mapped.
     """
     file = os.open(path, os.O_RDONLY)
@@ -108,7 +103,7 @@ def make_cold(path: Path) -> None:
             time.sleep(1)  # what was just written is let go a little later
     finally:
         os.close(file)
-    raise RuntimeError(f"{cached:.0%} of {path} stays in the page cache; end the programs that use it")
+    raise StoreError(f"{cached:.0%} of {path} stays in the page cache; end the programs that use it")
 
 
 def _cached_share(file: int) -> float:

@@ -28,7 +28,7 @@ class MemoryCgroup:
     limit: int
 
     def command(self, command: Sequence[str | os.PathLike[str]]) -> list[str]:
-        """The command line that runs `command` in this cgroup from its first byte on."""
+        """Give the command line that runs `command` in this cgroup from its first byte on."""
         # A shell joins and becomes the command: code between fork and exec is not safe in a process with threads.
         return [
             "/bin/sh",

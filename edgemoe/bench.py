@@ -1,0 +1,282 @@
+"""edgemoe beside plain llama.cpp and its own control arm: rounds of cold starts, in turn, at several budgets."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from edgemoe.bench_arm import MMAP, ArmError, Settings, ask_plan
+from edgemoe.bench_figures import Figures, figures_of
+from edgemoe.bench_machine import describe, disk_bandwidth
+from edgemoe.bench_opponent import Trial, best_opponent
+from edgemoe.bench_roofline import Roofline, roofline
+from edgemoe.bench_run import Cell, Run, Workload, resident_run, run_arm
+from edgemoe.bench_workload import make_workload
+from edgemoe.errors import BudgetError, TraceError
+from edgemoe.index import ExpertIndex, read_index
+from edgemoe.memory import format_bytes, machine, parse_budget
+from edgemoe.memory_cgroup import CgroupUnavailableError, memory_cgroup
+
+__all__ = ["FITS", "BenchResult", "CellResult", "run_bench"]
+
+FITS = "fits"
+"""The budget that holds every expert."""
+
+_RATIO = re.compile(r"(\d+(?:\.\d+)?)x")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What was measured at one budget.
+
+    Attributes
+    ----------
+    label : str
+        The budget as it was asked for.
+    ram, arena_bytes, n_ubatch : int
+        Budget, memory for experts in it, tokens of a physical batch.
+    ratio : float
+        Size of the model's file over the budget.
+    in_cgroup : bool
+        Whether a memory cgroup of that size held each arm.
+    trials : list of Trial
+        How plain llama.cpp was tried.
+    bandwidths : list of float
+        Of the disk before each round, bytes per second.
+    roofline : Roofline or None
+        None where routes are not known, no arm shows what computing takes, or the disk's speed cannot be measured.
+    compute_from : str
+        Where its compute time is from: ``resident`` (every expert in memory) or ``plain`` (less its waiting).
+    runs : list of Run
+        All, in the order of time.
+    figures : list of Figures
+        For each arm.
+    """
+
+    label: str
+    ram: int
+    arena_bytes: int
+    n_ubatch: int
+    ratio: float
+    in_cgroup: bool
+    trials: list[Trial]
+    bandwidths: list[float]
+    roofline: Roofline | None
+    compute_from: str
+    runs: list[Run]
+    figures: list[Figures]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """A bench's cells, and what they depend on.
+
+    Attributes
+    ----------
+    about : dict
+        Machine, disk, commit, date and model, see `edgemoe.bench_machine.describe`.
+    routing : str
+        The routes' name.
+    forced : bool
+        Whether they were forced.
+    n_prompt, n_decode, rounds : int
+        Tokens; cold starts of each arm.
+    recall : float or None
+        Of the emulated look-ahead.
+    cells : list of CellResult
+        One for each budget.
+    """
+
+    about: dict[str, Any]
+    routing: str
+    forced: bool
+    n_prompt: int
+    n_decode: int
+    rounds: int
+    recall: float | None
+    cells: list[CellResult]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        head = {name: value for name, value in asdict(self).items() if name not in ("about", "cells")}
+        cells = [asdict(cell) for cell in self.cells]
+        for cell in cells:
+            for run in cell["runs"]:
+                run["token_s"] = [round(second, 6) for second in run["token_s"]]
+        document: dict[str, Any] = json.loads(json.dumps({"benchmark": "bench", **self.about, **head, "cells": cells}))
+        return document
+
+
+def run_bench(
+    model: Path,
+    budgets: Sequence[str],
+    routing: str,
+    arms: Sequence[str],
+    n_prompt: int,
+    n_decode: int,
+    rounds: int,
+    n_threads: int,
+    recall: float | None,
+    say: Callable[[str], Any],
+) -> BenchResult:
+    """Measure a model.
+
+    Parameters
+    ----------
+    model : Path
+        GGUF file.
+    budgets : sequence of str
+        Sizes as ``--ram`` takes them, ratios of the file to the memory (``4x``), or ``fits``.
+    routing : str
+        See `edgemoe.bench_workload.make_workload`.
+    arms : sequence of str
+        Of `edgemoe.bench_arm.ARMS`.
+    n_prompt, n_decode, rounds : int
+        Tokens of the prompt, tokens after it, cold starts of each arm.
+    n_threads : int
+        Compute threads of edgemoe; plain llama.cpp's are chosen by trial.
+    recall : float or None
+        See `edgemoe.bench_workload.make_workload`.
+    say : callable
+        Takes a line for people on what goes on.
+
+    Raises
+    ------
+    EdgemoeError
+        If a budget is none or too small, the model or the routes cannot be used, or the plan's process fails.
+    """
+    index = read_index(model)
+    settings = Settings(str(model.resolve()), n_prompt + n_decode, None, n_threads)
+    wanted = [budget_of(text, index) for text in budgets]
+    workload, index = make_workload(routing, index, settings, n_prompt, n_decode, recall)
+    if workload.routes is None and {"auto", "task"} & set(arms):
+        raise TraceError(f"{model} does not show its routes, which auto and task need; give --arms mmap,plain,all")
+    settings = replace(settings, n_expert_used=workload.routes.n_used if workload.forced and workload.routes else None)
+    cells = [_cell(text, ram, index, settings) for text, ram in zip(budgets, wanted, strict=True)]
+    with tempfile.TemporaryDirectory(prefix="edgemoe-bench-") as scratch:
+        results = [_measure(cell, workload, arms, rounds, Path(scratch), say) for cell in cells]
+    name = workload.routes.name if workload.routes else "natural"
+    return BenchResult(describe(model), name, workload.forced, n_prompt, n_decode, rounds, recall, results)
+
+
+def budget_of(text: str, index: ExpertIndex) -> int | None:
+    """Bytes of a budget as `run_bench` takes it; None for ``fits``.
+
+    Raises
+    ------
+    BudgetError
+        If it is none.
+    """
+    if text == FITS:
+        return None
+    ratio = _RATIO.fullmatch(text)
+    if ratio is None:
+        return parse_budget(text).bytes
+    if not float(ratio[1]):
+        raise BudgetError(f"--ram {text} is no ratio of the model's size to the memory; give 2x, 4x or 8x")
+    return round(index.file_bytes / float(ratio[1]))
+
+
+def _cell(label: str, ram: int | None, index: ExpertIndex, settings: Settings) -> Cell:
+    """Ask for the plan of one budget.
+
+    Raises
+    ------
+    ArmError
+        When the budget is too small, with the one that would do.
+    """
+    plan = ask_plan(replace(settings, ram=ram))
+    whole = ram is None
+    ram = plan["everything"] if ram is None else ram
+    return Cell(
+        label=label,
+        index=index,
+        settings=replace(settings, ram=ram, n_ubatch=plan["n_ubatch"]),
+        # Where everything fits, the cgroup only counts; llama.cpp may need more than edgemoe.
+        limit=machine().total if whole else ram,
+        arena_bytes=plan["arena"],
+        everything=plan["everything"],
+    )
+
+
+def _measure(
+    cell: Cell, workload: Workload, arms: Sequence[str], rounds: int, scratch: Path, say: Callable[[str], Any]
+) -> CellResult:
+    in_cgroup = _can_limit(cell, say)
+    opponent, trials = best_opponent(cell, workload, scratch, say) if MMAP in arms else (None, [])
+    runs: list[Run] = []
+    bandwidths: list[float] = []
+    for number in range(rounds):
+        bandwidths += filter(None, [disk_bandwidth(cell.index.path)])
+        turn = number % len(arms)
+        for arm in [*arms[turn:], *arms[:turn]]:
+            runs.append(run_arm(arm, cell, workload, opponent, scratch))
+            say(_line(cell, number, runs[-1]))
+    compute, prompt_compute, source = _compute(cell, workload, runs, scratch, say)
+    bound = None
+    if workload.routes is not None and compute is not None and bandwidths:
+        sizes = [cell.index.expert_size(layer) for layer in cell.index.moe_layers]
+        n_ubatch = cell.settings.n_ubatch or len(workload.prompt)
+        bandwidth = median(bandwidths)
+        bound = roofline(workload.routes, sizes, cell.arena_bytes, n_ubatch, bandwidth, compute, prompt_compute)
+    assert cell.settings.ram is not None and cell.settings.n_ubatch is not None
+    return CellResult(
+        label=cell.label,
+        ram=cell.settings.ram,
+        arena_bytes=cell.arena_bytes,
+        n_ubatch=cell.settings.n_ubatch,
+        ratio=cell.index.file_bytes / cell.settings.ram,
+        in_cgroup=in_cgroup,
+        trials=trials,
+        bandwidths=bandwidths,
+        roofline=bound,
+        compute_from=source,
+        runs=runs,
+        figures=figures_of(runs, len(workload.prompt), bound),
+    )
+
+
+def _can_limit(cell: Cell, say: Callable[[str], Any]) -> bool:
+    """Whether the arms run within a memory cgroup; says so where they do not."""
+    try:
+        with memory_cgroup(cell.limit):
+            return True
+    except CgroupUnavailableError as error:
+        say(f"{cell.label:>6}  no limit but edgemoe's own holds: {error}")
+        return False
+
+
+def _compute(
+    cell: Cell, workload: Workload, runs: Sequence[Run], scratch: Path, say: Callable[[str], Any]
+) -> tuple[float | None, float | None, str]:
+    """Seconds of a token, and of the prompt, that computing alone takes, and where they are from."""
+    if cell.everything < machine().available:
+        try:
+            run = resident_run(cell, workload, scratch)
+        except ArmError as error:
+            say(f"{cell.label:>6}  with everything in memory: {error}")
+        else:
+            say(_line(cell, 0, run))
+            return median(run.token_s), run.prompt_s, "resident"
+    means = [
+        (sum(run.token_s) - run.wait_s) / len(run.token_s)
+        for run in runs
+        if run.arm in ("plain", "all") and run.token_s and run.wait_s is not None
+    ]
+    return (median(means) if means else None), None, "plain"
+
+
+def _line(cell: Cell, number: int, run: Run) -> str:
+    if run.failure or not run.token_s:
+        return f"{cell.label:>6}  round {number + 1}  {run.arm:8}  {run.failure or 'nothing was decoded'}"
+    memory = "" if run.peak is None else f", peak {format_bytes(run.peak)}"
+    return (
+        f"{cell.label:>6}  round {number + 1}  {run.arm:8}  {1 / median(run.token_s):8.2f} tok/s over"
+        f" {len(run.token_s)} tokens, prompt {run.prompt_s:.2f} s{memory}"
+    )

@@ -1,0 +1,194 @@
+"""What the runs of an arm come to: speeds with their spread, and how near they are to the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from edgemoe.bench_arm import MMAP
+from edgemoe.bench_roofline import Roofline
+from edgemoe.bench_run import Run
+
+__all__ = ["FIRST", "Figures", "figures_of"]
+
+FIRST = 64
+"""Tokens of an answer's beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One arm's figures over all rounds; medians of the rounds where nothing else is said, None where unknown.
+
+    Attributes
+    ----------
+    arm : str
+        Its name.
+    failures : tuple of str
+        Of runs that ended early.
+    n_tokens : int
+        Tokens decoded in the shortest run.
+    tokens_per_s, slow_tokens_per_s, fast_tokens_per_s : float
+        Decode speed at the median, the 90th and the 10th percentile of the seconds per token of all rounds.
+    round_tokens_per_s : tuple of float
+        At each round's median.
+    mean_s : float
+        Mean seconds per decoded token.
+    first_tokens_per_s : float
+        Over the first 64 tokens.
+    prompt_tokens_per_s, first_token_s, load_s, warm_s : float
+        Speed of the prompt; seconds, see `Run`.
+    bytes_per_token, prompt_bytes : float
+        Read from the disk.
+    hit_rate : float
+        0 to 1.
+    peak, peak_rss : int
+        The largest of all rounds, bytes.
+    wait_share, busy_share : float
+        Part of the decoding time that computation waited for experts, and that the disk was at work.
+    of_lru, of_belady : float
+        Share reached of the roofline at LRU's and at Belady's misses.
+    of_prompt : float
+        Share of the roofline reached with the prompt, a task's experts having been read included.
+    eaten_by : str
+        What takes most of a token's time: ``compute``, ``waiting`` or ``other``.
+    to_mmap, to_plain : float
+        Decode speed over that of the other arm.
+    same_logits : bool
+        Whether the logits are, bit for bit, those of the arm ``all``, as far as both decoded.
+    details : dict
+        Of the last run.
+    """
+
+    arm: str
+    failures: tuple[str, ...]
+    n_tokens: int
+    tokens_per_s: float | None
+    slow_tokens_per_s: float | None
+    fast_tokens_per_s: float | None
+    round_tokens_per_s: tuple[float, ...]
+    mean_s: float | None
+    first_tokens_per_s: float | None
+    prompt_tokens_per_s: float | None
+    first_token_s: float | None
+    load_s: float | None
+    warm_s: float | None
+    bytes_per_token: float | None
+    prompt_bytes: float | None
+    hit_rate: float | None
+    peak: int | None
+    peak_rss: int | None
+    wait_share: float | None
+    busy_share: float | None
+    of_lru: float | None
+    of_belady: float | None
+    of_prompt: float | None
+    eaten_by: str | None
+    to_mmap: float | None
+    to_plain: float | None
+    same_logits: bool | None
+    details: dict[str, Any]
+
+
+def figures_of(runs: Sequence[Run], n_prompt: int, roofline: Roofline | None) -> list[Figures]:
+    """Sum up a cell's runs.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Of all arms and rounds.
+    n_prompt : int
+        Tokens of the prompt.
+    roofline : Roofline or None
+        Of the cell.
+    """
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    speeds = {arm: _speed([run for run in runs if run.arm == arm]) for arm in arms}
+    exact = next((run.checksums for run in runs if run.arm == "all" and run.checksums), None)
+    return [_of_arm([run for run in runs if run.arm == arm], n_prompt, roofline, speeds, exact) for arm in arms]
+
+
+def _of_arm(
+    runs: Sequence[Run],
+    n_prompt: int,
+    roofline: Roofline | None,
+    speeds: dict[str, float | None],
+    exact: list[int] | None,
+) -> Figures:
+    arm = runs[0].arm
+    done = [run for run in runs if run.token_s]
+    seconds = np.array([second for run in done for second in run.token_s])
+    mean = float(seconds.mean()) if len(seconds) else None
+    prompt_s = _median(runs, lambda run: run.prompt_s and run.prompt_s + run.warm_s)
+
+    def of_arm(other: str) -> float | None:
+        mine, theirs = speeds[arm], speeds.get(other)
+        return mine / theirs if mine and theirs and other != arm else None
+
+    def percentile(share: float) -> float | None:
+        return 1 / float(np.quantile(seconds, share)) if len(seconds) else None
+
+    wait = _median(done, lambda run: None if run.wait_s is None else run.wait_s / sum(run.token_s))
+    return Figures(
+        arm=arm,
+        failures=tuple(run.failure for run in runs if run.failure),
+        n_tokens=min((len(run.token_s) for run in done), default=0),
+        tokens_per_s=speeds[arm],
+        slow_tokens_per_s=percentile(0.9),
+        fast_tokens_per_s=percentile(0.1),
+        round_tokens_per_s=tuple(1 / median(run.token_s) for run in done),
+        mean_s=mean,
+        first_tokens_per_s=_median(
+            done, lambda run: FIRST / sum(run.token_s[:FIRST]) if len(run.token_s) >= FIRST else None
+        ),
+        prompt_tokens_per_s=_median(runs, lambda run: n_prompt / run.prompt_s if run.prompt_s else None),
+        first_token_s=_median(runs, lambda run: run.first_token_s),
+        load_s=_median(runs, lambda run: run.load_s),
+        warm_s=_median(runs, lambda run: run.warm_s),
+        bytes_per_token=_median(
+            done, lambda run: None if run.bytes_read is None else run.bytes_read / len(run.token_s)
+        ),
+        prompt_bytes=_median(runs, lambda run: run.prompt_bytes_read),
+        hit_rate=_median(
+            done, lambda run: None if run.hits is None else run.hits / max(run.hits + (run.misses or 0), 1)
+        ),
+        peak=max((run.peak for run in runs if run.peak is not None), default=None),
+        peak_rss=max((run.peak_rss for run in runs if run.peak_rss is not None), default=None),
+        wait_share=wait,
+        busy_share=_median(done, lambda run: None if run.busy_s is None else run.busy_s / sum(run.token_s)),
+        of_lru=roofline.lru_s / mean if roofline and mean else None,
+        of_belady=roofline.belady_s / mean if roofline and mean else None,
+        of_prompt=roofline.prompt_s / prompt_s if roofline and prompt_s else None,
+        eaten_by=_eaten_by(mean, wait, roofline),
+        to_mmap=of_arm(MMAP),
+        to_plain=of_arm("plain"),
+        same_logits=_same(done, exact),
+        details=runs[-1].details,
+    )
+
+
+def _speed(runs: Sequence[Run]) -> float | None:
+    seconds = [second for run in runs for second in run.token_s]
+    return 1 / median(seconds) if seconds else None
+
+
+def _median(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float | None:
+    values = [value for run in runs if (value := of(run)) is not None]
+    return median(values) if values else None
+
+
+def _eaten_by(mean: float | None, wait_share: float | None, roofline: Roofline | None) -> str | None:
+    if mean is None or wait_share is None or roofline is None:
+        return None
+    waiting = wait_share * mean
+    parts = {"compute": roofline.compute_s, "waiting": waiting, "other": mean - waiting - roofline.compute_s}
+    return max(parts, key=lambda part: parts[part])
+
+
+def _same(runs: Sequence[Run], exact: list[int] | None) -> bool | None:
+    if exact is None or not runs:
+        return None
+    return all(mine == theirs for run in runs for mine, theirs in zip(run.checksums, exact, strict=False))

@@ -1,0 +1,224 @@
+"""A bench as tables for people, rows for spreadsheets, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from edgemoe.atomic_file import atomic_file
+from edgemoe.bench import BenchResult, CellResult
+from edgemoe.bench_figures import Figures
+from edgemoe.memory import format_bytes
+
+__all__ = ["FIELDS", "bench_rows", "bench_tables", "save_csv"]
+
+_CELL_FIELDS = ("label", "ratio", "ram", "arena_bytes", "n_ubatch", "in_cgroup")
+_FIGURES = (
+    "arm",
+    "n_tokens",
+    "tokens_per_s",
+    "slow_tokens_per_s",
+    "fast_tokens_per_s",
+    "mean_s",
+    "first_tokens_per_s",
+    "prompt_tokens_per_s",
+    "first_token_s",
+    "load_s",
+    "warm_s",
+    "bytes_per_token",
+    "prompt_bytes",
+    "hit_rate",
+    "peak",
+    "peak_rss",
+    "wait_share",
+    "busy_share",
+    "of_lru",
+    "of_belady",
+    "of_prompt",
+    "eaten_by",
+    "to_mmap",
+    "to_plain",
+    "same_logits",
+)
+_ROOFLINE = (
+    "compute_s",
+    "lru_s",
+    "belady_s",
+    "lru_bytes",
+    "belady_bytes",
+    "lru_hit_rate",
+    "belady_hit_rate",
+    "bytes_per_s",
+    "bound",
+    "prompt_s",
+)
+_ABOUT = ("date", "commit", "cpu", "cores", "kernel", "disk")
+FIELDS = (
+    *_ABOUT,
+    "model",
+    "routing",
+    *_CELL_FIELDS,
+    *_FIGURES,
+    *(f"roofline_{name}" for name in _ROOFLINE),
+    "failures",
+)
+"""Columns of the CSV: seconds, bytes, tokens per second, shares from 0 to 1."""
+
+
+def bench_rows(result: BenchResult) -> Iterator[dict[str, Any]]:
+    """Give one row for each budget and arm."""
+    about = {name: result.about[name] for name in _ABOUT} | {"model": result.about["model"]["name"]}
+    for cell in result.cells:
+        for figures in cell.figures:
+            row = about | {"routing": result.routing}
+            row |= {name: getattr(cell, name) for name in _CELL_FIELDS}
+            row |= {name: getattr(figures, name) for name in _FIGURES}
+            row |= {f"roofline_{name}": cell.roofline and getattr(cell.roofline, name) for name in _ROOFLINE}
+            yield row | {"failures": "; ".join(figures.failures)}
+
+
+def save_csv(result: BenchResult, path: Path) -> None:
+    """Write `bench_rows` to a file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS)
+    writer.writeheader()
+    writer.writerows(bench_rows(result))
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def bench_tables(result: BenchResult) -> Iterator[RenderableType]:
+    """Lay out what was measured at each budget, after a line that says on what."""
+    about = result.about
+    model = about["model"]
+    routing = f"{result.routing} routes, {'forced' if result.forced else 'chosen by the model'}"
+    yield Text(
+        f"{model['name']} ({format_bytes(model['file_bytes'])}, {model['n_layer']} layers), {routing}; prompt of"
+        f" {result.n_prompt} tokens, then {result.n_decode}, {result.rounds} rounds\n"
+        f"{about['cpu']}, {about['cores']} cores, {about['kernel']}, disk {about['disk']},"
+        f" edgemoe {about['commit']}, {about['date']}"
+    )
+    for cell in result.cells:
+        yield Text(_head(cell), style="bold")
+        yield _speeds(cell.figures)
+        yield _costs(cell.figures)
+        yield from map(Text, _remarks(cell))
+
+
+def _head(cell: CellResult) -> str:
+    limit = "in a memory cgroup of that size" if cell.in_cgroup else "without a memory cgroup"
+    if cell.label == "fits":
+        limit = "everything fits"
+    return (
+        f"{cell.label}: {format_bytes(cell.ram)}, the model is {cell.ratio:.2f} times that; {limit};"
+        f" {format_bytes(cell.arena_bytes)} for experts, n_ubatch {cell.n_ubatch}"
+    )
+
+
+def _speeds(arms: Sequence[Figures]) -> Table:
+    table = _table(
+        "arm", "tok/s", "p10 to p90", "rounds", "first 64", "prompt tok/s", "first token", "load", "x mmap", "x plain"
+    )
+    for arm in arms:
+        table.add_row(
+            arm.arm,
+            _number(arm.tokens_per_s),
+            f"{_number(arm.slow_tokens_per_s)} to {_number(arm.fast_tokens_per_s)}",
+            f"{_number(min(arm.round_tokens_per_s, default=None))} to"
+            f" {_number(max(arm.round_tokens_per_s, default=None))}",
+            _number(arm.first_tokens_per_s),
+            _number(arm.prompt_tokens_per_s),
+            _number(arm.first_token_s, " s"),
+            _number(arm.load_s, " s"),
+            _number(arm.to_mmap),
+            _number(arm.to_plain),
+        )
+    return table
+
+
+def _costs(arms: Sequence[Figures]) -> Table:
+    table = _table(
+        "arm",
+        "read/token",
+        "hits",
+        "peak",
+        "VmHWM",
+        "waiting",
+        "disk busy",
+        "of LRU's",
+        "of Belady's",
+        "prompt",
+        "eaten by",
+        "logits",
+    )
+    for arm in arms:
+        table.add_row(
+            arm.arm,
+            _bytes(arm.bytes_per_token),
+            _share(arm.hit_rate),
+            _bytes(arm.peak),
+            _bytes(arm.peak_rss),
+            _share(arm.wait_share),
+            _share(arm.busy_share),
+            _number(arm.of_lru),
+            _number(arm.of_belady),
+            _number(arm.of_prompt),
+            arm.eaten_by or "-",
+            {None: "-", True: "same", False: "DIFFER"}[arm.same_logits],
+        )
+    return table
+
+
+def _remarks(cell: CellResult) -> Iterator[str]:
+    roofline = cell.roofline
+    if roofline is not None:
+        source = {"resident": "with every expert in memory", "plain": "less its waiting, of edgemoe's arms"}
+        yield (
+            f"roofline: {1 / roofline.belady_s:.2f} tok/s at Belady's misses ({roofline.belady_hit_rate:.1%} hits),"
+            f" {1 / roofline.lru_s:.2f} at LRU's ({roofline.lru_hit_rate:.1%}); bound by {roofline.bound}:"
+            f" compute {roofline.compute_s:.3f} s a token ({source[cell.compute_from]}),"
+            f" disk {roofline.belady_bytes / roofline.bytes_per_s:.3f} s at {roofline.bytes_per_s / 1e9:.2f} GB/s"
+        )
+    mmap = next((arm for arm in cell.figures if arm.arm == "mmap"), None)
+    if mmap is not None:
+        tried = ", ".join(
+            f"{trial.n_threads} x {trial.load_mode} {_number(trial.tokens_per_s)}" for trial in cell.trials
+        )
+        yield f"llama.cpp, threads x load mode, tok/s in a trial: {tried}"
+    for arm in cell.figures:
+        yield from (f"{arm.arm}: {failure}" for failure in dict.fromkeys(arm.failures))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("arm", "eaten by", "logits") else "right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    """Three digits that matter."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}{unit}" if value >= 100 else f"{value:.3g}{unit}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else format_bytes(round(value))

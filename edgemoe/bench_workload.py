@@ -1,0 +1,87 @@
+"""What the arms of a bench evaluate: text with the model's own routing, or random tokens with routes by force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgemoe.bench_arm import Settings, ask_text
+from edgemoe.bench_roofline import with_last_layer
+from edgemoe.bench_run import Workload
+from edgemoe.errors import TraceError
+from edgemoe.index import ExpertIndex
+from edgemoe.plan import DEFAULT_UBATCH
+from edgemoe.routes import Routes, fitted_routes, predictions, read_routes, task_switch_routes, uniform_routes
+
+__all__ = ["FITTED_TO", "NATURAL", "make_workload"]
+
+NATURAL = "natural"
+FITTED_TO = "qwen"
+"""The model whose routing `fitted` and `switch` imitate."""
+
+_SEED = 0
+
+
+def make_workload(
+    routing: str, index: ExpertIndex, settings: Settings, n_prompt: int, n_decode: int, recall: float | None
+) -> tuple[Workload, ExpertIndex]:
+    """Make the tokens and their routes.
+
+    Parameters
+    ----------
+    routing : str
+        ``natural``, ``fitted``, ``uniform``, ``switch``, or the path of a trace (`edgemoe.routes.read_routes`).
+    index : ExpertIndex
+        The model.
+    settings : Settings
+        How it would be opened, to record natural routes.
+    n_prompt, n_decode : int
+        Tokens.
+    recall : float or None
+        Share of the experts that look-ahead is told rightly, 0 to 1; None lets it ask the routers.
+
+    Returns
+    -------
+    workload : Workload
+    index : ExpertIndex
+        With as many experts per token as the routes have.
+
+    Raises
+    ------
+    TraceError
+        If the trace is none, does not fit the model, or `recall` is given with natural routing.
+    ArmError
+        If the model cannot be opened.
+    """
+    if routing == NATURAL:
+        if recall is not None:
+            raise TraceError(f"--recall {recall} needs forced routes; give --routes fitted or a trace")
+        tokens, ids = ask_text(replace(settings, n_ubatch=DEFAULT_UBATCH), n_prompt + n_decode)
+        natural = None if ids is None else Routes(NATURAL, index.n_expert, ids[:n_prompt], ids[n_prompt:])
+        return Workload(tokens[:n_prompt], tokens[n_prompt:], _as_seen(natural, index), forced=False), index
+    layers = index.moe_layers
+    shape = (len(layers), index.n_expert, max(index.n_expert_used[layer] for layer in layers))
+    if routing == "fitted":
+        routes = fitted_routes(FITTED_TO, *shape, n_prompt, n_decode, _SEED)
+    elif routing == "uniform":
+        routes = uniform_routes(*shape, n_prompt, n_decode, _SEED)
+    elif routing == "switch":
+        routes = task_switch_routes(FITTED_TO, *shape, n_prompt, n_decode, _SEED)
+    else:
+        routes = read_routes(Path(routing)).shaped(*shape[:2]).stretched(n_prompt, n_decode)
+    tokens = np.random.default_rng(_SEED).integers(0, index.n_vocab, n_prompt + n_decode).tolist()
+    predicted = None
+    if recall is not None:
+        ids = np.concatenate([routes.prompt, routes.decode])
+        predicted = predictions(ids, index.n_expert, recall, _SEED)
+    workload = Workload(tokens[:n_prompt], tokens[n_prompt:], _as_seen(routes, index), True, predicted)
+    return workload, replace(index, n_expert_used=(routes.n_used,) * index.n_layer)
+
+
+def _as_seen(routes: Routes | None, index: ExpertIndex) -> Routes | None:
+    """Take the model's last layer as llama.cpp computes it: for the prompt's last token alone."""
+    if routes is None or index.moe_layers[-1] != index.n_layer - 1 or not len(routes.prompt):
+        return routes
+    return replace(routes, prompt=with_last_layer(routes.prompt))
