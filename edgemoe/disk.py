@@ -155,8 +155,8 @@ def bandwidth(path: str | os.PathLike[str], lanes: int, read_bytes: int, seconds
 def probe(path: str | os.PathLike[str]) -> DiskSpeed:
     """Give the best way to read a file's disk, measured on the file itself unless that was done in the last 30 days.
 
-    It takes 2 seconds and at most 16 MiB, which are given back. Where nothing is known and nothing can be measured,
-    the result is 8 lanes of 1 MiB and says why.
+    It takes 2 seconds and at most 16 MiB, which are given back. Where nothing can be measured, and for a small model,
+    whose short reads would never come near, the result is 8 lanes of 1 MiB and says why.
 
     Raises
     ------
@@ -164,12 +164,12 @@ def probe(path: str | os.PathLike[str]) -> DiskSpeed:
         If there is no such file.
     """
     disk = disk_of(path)
+    size = Path(path).stat().st_size
+    if size <= SMALL:
+        return _unmeasured(f"a model of {size >> 20} MiB is not worth measuring")
     cache = Path(os.environ.get("EDGEMOE_CACHE") or platformdirs.user_cache_path("edgemoe")) / "disks.json"
     known = _read(cache)
     if disk not in known:
-        size = Path(path).stat().st_size
-        if size <= SMALL:
-            return _unmeasured(f"a model of {size >> 20} MiB is not worth measuring")
         try:
             known[disk] = _measured(lambda lanes, read_bytes, seconds: bandwidth(path, lanes, read_bytes, seconds))
         except StoreError as error:

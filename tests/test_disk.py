@@ -102,10 +102,10 @@ def test_second_probe_reads_nothing(model: Path, cache: Path, monkeypatch: pytes
     assert probe(model) == first
     assert tried == []
     assert [path.name for path in cache.parent.iterdir()] == ["disks.json"]
-    # A small model takes what is known of its disk.
-    small = model.with_name("small.gguf")
-    small.write_bytes(b"GGUF")
-    assert probe(small) == first
+    other = model.with_name("other.gguf")
+    other.write_bytes(b"GGUF")
+    os.truncate(other, 2 * disk.SMALL)
+    assert probe(other) == first
 
 
 def test_old_results_are_measured_again_and_leave(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
