@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from edgemoe.bench_arm import MMAP, ArmError, Settings, ask_plan
 from edgemoe.bench_figures import Figures, figures_of
 from edgemoe.bench_machine import describe, disk_bandwidth
 from edgemoe.bench_opponent import Trial, best_opponent
-from edgemoe.bench_roofline import Roofline, roofline
+from edgemoe.bench_roofline import BOUNDS, Roofline, roofline
 from edgemoe.bench_run import Cell, Run, Workload, resident_run, run_arm
 from edgemoe.bench_workload import make_workload
 from edgemoe.errors import BudgetError, TraceError
@@ -52,7 +51,8 @@ class CellResult:
     roofline : Roofline or None
         None where routes are not known, no arm shows what computing takes, or the disk's speed cannot be measured.
     compute_from : str
-        Where its compute time is from: ``resident`` (every expert in memory) or ``plain`` (less its waiting).
+        Where its compute time is from: ``resident`` (every expert in memory), or ``plain`` (edgemoe's
+        arms plain and all, less their waiting).
     runs : list of Run
         All, in the order of time.
     figures : list of Figures
@@ -71,6 +71,16 @@ class CellResult:
     compute_from: str
     runs: list[Run]
     figures: list[Figures]
+
+    def document(self) -> dict[str, Any]:
+        """Give everything as JSON types, but for the checksums, which the figures sum up."""
+        document = asdict(self)
+        if self.roofline is not None:
+            document["roofline"] |= {name: getattr(self.roofline, name) for name in BOUNDS}
+        for run in document["runs"]:
+            del run["checksums"]
+            run["token_s"] = [round(second, 5) for second in run["token_s"]]
+        return document
 
 
 @dataclass(frozen=True)
@@ -103,14 +113,9 @@ class BenchResult:
     cells: list[CellResult]
 
     def document(self) -> dict[str, Any]:
-        """Everything as JSON types."""
+        """Give everything as JSON types."""
         head = {name: value for name, value in asdict(self).items() if name not in ("about", "cells")}
-        cells = [asdict(cell) for cell in self.cells]
-        for cell in cells:
-            for run in cell["runs"]:
-                run["token_s"] = [round(second, 6) for second in run["token_s"]]
-        document: dict[str, Any] = json.loads(json.dumps({"benchmark": "bench", **self.about, **head, "cells": cells}))
-        return document
+        return {"benchmark": "bench", **self.about, **head, "cells": [cell.document() for cell in self.cells]}
 
 
 def run_bench(
@@ -160,7 +165,8 @@ def run_bench(
     settings = replace(settings, n_expert_used=workload.routes.n_used if workload.forced and workload.routes else None)
     cells = [_cell(text, ram, index, settings) for text, ram in zip(budgets, wanted, strict=True)]
     with tempfile.TemporaryDirectory(prefix="edgemoe-bench-") as scratch:
-        results = [_measure(cell, workload, arms, rounds, Path(scratch), say) for cell in cells]
+        resident: dict[int, Run] = {}
+        results = [_measure(cell, workload, arms, rounds, Path(scratch), resident, say) for cell in cells]
     name = workload.routes.name if workload.routes else "natural"
     return BenchResult(describe(model), name, workload.forced, n_prompt, n_decode, rounds, recall, results)
 
@@ -206,7 +212,13 @@ def _cell(label: str, ram: int | None, index: ExpertIndex, settings: Settings) -
 
 
 def _measure(
-    cell: Cell, workload: Workload, arms: Sequence[str], rounds: int, scratch: Path, say: Callable[[str], Any]
+    cell: Cell,
+    workload: Workload,
+    arms: Sequence[str],
+    rounds: int,
+    scratch: Path,
+    resident: dict[int, Run],
+    say: Callable[[str], Any],
 ) -> CellResult:
     in_cgroup = _can_limit(cell, say)
     opponent, trials = best_opponent(cell, workload, scratch, say) if MMAP in arms else (None, [])
@@ -218,7 +230,7 @@ def _measure(
         for arm in [*arms[turn:], *arms[:turn]]:
             runs.append(run_arm(arm, cell, workload, opponent, scratch))
             say(_line(cell, number, runs[-1]))
-    compute, prompt_compute, source = _compute(cell, workload, runs, scratch, say)
+    compute, prompt_compute, source = _compute(cell, workload, runs, scratch, resident, say)
     bound = None
     if workload.routes is not None and compute is not None and bandwidths:
         sizes = [cell.index.expert_size(layer) for layer in cell.index.moe_layers]
@@ -243,7 +255,7 @@ def _measure(
 
 
 def _can_limit(cell: Cell, say: Callable[[str], Any]) -> bool:
-    """Whether the arms run within a memory cgroup; says so where they do not."""
+    """Find out whether the arms run within a memory cgroup; says so where they do not."""
     try:
         with memory_cgroup(cell.limit):
             return True
@@ -253,17 +265,28 @@ def _can_limit(cell: Cell, say: Callable[[str], Any]) -> bool:
 
 
 def _compute(
-    cell: Cell, workload: Workload, runs: Sequence[Run], scratch: Path, say: Callable[[str], Any]
+    cell: Cell,
+    workload: Workload,
+    runs: Sequence[Run],
+    scratch: Path,
+    resident: dict[int, Run],
+    say: Callable[[str], Any],
 ) -> tuple[float | None, float | None, str]:
-    """Seconds of a token, and of the prompt, that computing alone takes, and where they are from."""
-    if cell.everything < machine().available:
+    """Give the seconds of a token, and of the prompt, that computing alone takes, and where they are from.
+
+    `resident` keeps the runs with every expert in memory: one for each n_ubatch is enough.
+    """
+    assert cell.settings.n_ubatch is not None
+    run = resident.get(cell.settings.n_ubatch)
+    if run is None and cell.everything < machine().available:
         try:
             run = resident_run(cell, workload, scratch)
+            say(_line(cell, 0, run))
         except ArmError as error:
             say(f"{cell.label:>6}  with everything in memory: {error}")
-        else:
-            say(_line(cell, 0, run))
-            return median(run.token_s), run.prompt_s, "resident"
+    if run is not None:
+        resident[cell.settings.n_ubatch] = run
+        return median(run.token_s), run.prompt_s, "resident"
     means = [
         (sum(run.token_s) - run.wait_s) / len(run.token_s)
         for run in runs

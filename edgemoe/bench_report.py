@@ -6,7 +6,8 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -17,7 +18,11 @@ from edgemoe.bench import BenchResult, CellResult
 from edgemoe.bench_figures import Figures
 from edgemoe.memory import format_bytes
 
-__all__ = ["FIELDS", "bench_rows", "bench_tables", "save_csv"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["FIELDS", "bench_rows", "bench_tables", "can_plot", "save_csv", "save_plots"]
 
 _CELL_FIELDS = ("label", "ratio", "ram", "arena_bytes", "n_ubatch", "in_cgroup")
 _FIGURES = (
@@ -222,3 +227,102 @@ def _share(value: float | None) -> str:
 
 def _bytes(value: float | None) -> str:
     return "-" if value is None else format_bytes(round(value))
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def save_plots(result: BenchResult, folder: Path) -> None:
+    """Draw ``speed.png``, the arms' speeds below the rooflines, and ``tokens.png``, how long each token took.
+
+    Parameters
+    ----------
+    result : BenchResult
+        With one cell at least.
+    folder : Path
+        Made if it is not there.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("speed.png", _draw_speeds), ("tokens.png", _draw_tokens)):
+        with atomic_file(folder / name) as file:
+            draw(result).savefig(file, format="png")
+
+
+_COLOURS = {"mmap": "#8a8a8a", "plain": "#8a6d00", "all": "#0b4fa0", "auto": "#2e8b3d", "task": "#d06000"}
+
+
+def _draw_speeds(result: BenchResult) -> Figure:
+    """Bars of decode speed with p10 and p90, one group for each budget; Belady's and LRU's rooflines above them."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(figures.arm for cell in result.cells for figures in cell.figures))
+    width = 0.8 / len(arms)
+    figure = Figure(figsize=(max(6.0, 1.5 + 2.2 * len(result.cells)), 5.2), layout="constrained", dpi=130)
+    axes = figure.add_subplot()
+    for place, cell in enumerate(result.cells):
+        for figures in cell.figures:
+            if figures.tokens_per_s is None:
+                continue
+            low, high = figures.slow_tokens_per_s or 0.0, figures.fast_tokens_per_s or 0.0
+            at = place - 0.4 + width * (arms.index(figures.arm) + 0.5)
+            axes.bar(at, figures.tokens_per_s, width * 0.92, color=_COLOURS[figures.arm])
+            axes.vlines(at, low, high, color="0.25", linewidth=1)
+            label = _number(figures.tokens_per_s)
+            axes.annotate(label, (at, figures.tokens_per_s), (2, 2), textcoords="offset points", fontsize=8)
+        if cell.roofline is not None:
+            for seconds, dashes in ((cell.roofline.belady_s, "-"), (cell.roofline.lru_s, ":")):
+                axes.hlines(1 / seconds, place - 0.42, place + 0.42, color="#b00020", linestyle=dashes, linewidth=1.5)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xticks(range(len(result.cells)), [cell.label for cell in result.cells])
+    axes.set_xlabel("memory, or the model's size over it")
+    axes.set_ylabel("tokens per second, median (lines: p10 to p90)")
+    for arm in arms:
+        axes.bar(0, 0, color=_COLOURS[arm], label=arm)
+    for label, dashes in (("roofline, Belady", "-"), ("roofline, LRU", ":")):
+        axes.plot([], [], color="#b00020", linestyle=dashes, label=label)
+    _finish(axes, result)
+    return figure
+
+
+def _draw_tokens(result: BenchResult) -> Figure:
+    """Seconds of each decoded token, median over rounds, one panel for each budget."""
+    from matplotlib.figure import Figure
+
+    n_cells = len(result.cells)
+    figure = Figure(figsize=(9.5, 1.0 + 2.6 * n_cells), layout="constrained", dpi=130)
+    for place, cell in enumerate(result.cells):
+        axes = figure.add_subplot(n_cells, 1, place + 1)
+        for arm in dict.fromkeys(run.arm for run in cell.runs):
+            rounds = [run.token_s for run in cell.runs if run.arm == arm and run.token_s]
+            middle = [median(seconds) for seconds in zip(*rounds, strict=False)]
+            axes.plot(range(1, len(middle) + 1), middle, color=_COLOURS[arm], linewidth=0.9, label=arm)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_ylabel(f"{cell.label}: seconds")
+        if place == n_cells - 1:
+            axes.set_xlabel("token after the prompt")
+        _finish(axes, result if place == 0 else None)
+    return figure
+
+
+def _finish(axes: Axes, result: BenchResult | None) -> None:
+    """Title, legend and frame."""
+    if result is not None:
+        axes.set_title(f"{result.about['model']['name']}, {result.routing} routes", loc="left", fontsize=11)
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -14,7 +14,11 @@ import numpy as np
 from edgemoe import cache_replay
 from edgemoe.routes import Ids, Routes
 
-__all__ = ["Roofline", "prompt_bytes", "roofline", "with_last_layer"]
+__all__ = ["BOUNDS", "Roofline", "prompt_bytes", "roofline", "with_last_layer"]
+
+
+BOUNDS = ("lru_s", "belady_s", "bound", "prompt_s")
+"""What a `Roofline` says beyond its fields."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def _arms(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
     help="With forced routes: tell look-ahead this share of the next experts rightly.  [default: it asks the routers]",
 )
 @click.option(
-    "--arms", metavar="LIST", default="mmap,plain,all", show_default=True, callback=_arms, help=f"Of {', '.join(ARMS)}."
+    "--arms", metavar="LIST", default=",".join(ARMS), show_default=True, callback=_arms, help=f"Of {', '.join(ARMS)}."
 )
 @click.option("--tokens", metavar="N", type=click.IntRange(1, 2**20), default=256, show_default=True, help="Decoded.")
 @click.option("--prompt", metavar="N", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Before.")
@@ -81,13 +81,22 @@ def command(
     Nothing else should run on the machine.
     """
     from edgemoe.bench import run_bench
-    from edgemoe.bench_report import bench_tables, save_csv
+    from edgemoe.bench_report import bench_tables, can_plot, save_csv, save_plots
     from edgemoe.cli import ui
 
+    if csv is not None and not csv.parent.is_dir():
+        raise click.BadParameter(f"{csv} cannot be written; give a file in an existing folder.", param_hint="--csv")
+    if plot is not None and not can_plot():
+        raise click.BadParameter(
+            "matplotlib is missing; install it with pip install 'edgemoe[plot]', or leave --plot out.",
+            param_hint="--plot",
+        )
     threads = threads or options.default_threads()
     result = run_bench(model, budgets, routing, arms, prompt, tokens, rounds, threads, recall, ui.note)
     if csv is not None:
         save_csv(result, csv)
+    if plot is not None:
+        save_plots(result, plot)
     if json:
         ui.show_json(result.document(), indent=None)
     else:
