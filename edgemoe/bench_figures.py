@@ -13,10 +13,13 @@ from edgemoe.bench_arm import MMAP
 from edgemoe.bench_roofline import Roofline
 from edgemoe.bench_run import Run
 
-__all__ = ["FIRST", "Figures", "figures_of"]
+__all__ = ["EXACT", "FIRST", "Figures", "figures_of"]
 
 FIRST = 64
 """Tokens of an answer's beginning."""
+
+EXACT = (MMAP, "plain", "all")
+"""Whose logits the others are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Figures:
     to_mmap, to_plain : float
         Decode speed over that of the other arm.
     same_logits : bool
-        Whether the logits are, bit for bit, those of the arm ``all``, as far as both decoded.
+        Whether the logits are, bit for bit, those of the first of `EXACT` that is there, as far as both decoded.
     details : dict
         Of the last run.
     """
@@ -107,7 +110,7 @@ def figures_of(runs: Sequence[Run], n_prompt: int, roofline: Roofline | None) ->
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
     speeds = {arm: _speed([run for run in runs if run.arm == arm]) for arm in arms}
-    exact = next((run.checksums for run in runs if run.arm == "all" and run.checksums), None)
+    exact = next((run.checksums for arm in EXACT for run in runs if run.arm == arm and run.checksums), None)
     return [_of_arm([run for run in runs if run.arm == arm], n_prompt, roofline, speeds, exact) for arm in arms]
 
 
