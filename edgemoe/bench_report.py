@@ -283,8 +283,8 @@ def _draw_speeds(result: BenchResult) -> Figure:
         if cell.roofline is not None:
             for seconds, dashes in ((cell.roofline.belady_s, "-"), (cell.roofline.lru_s, ":")):
                 axes.hlines(1 / seconds, place - 0.42, place + 0.42, color="#b00020", linestyle=dashes, linewidth=1.5)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if any(figures.tokens_per_s for cell in result.cells for figures in cell.figures):
+        _logarithmic(axes)
     axes.set_xticks(range(len(result.cells)), [cell.label for cell in result.cells])
     axes.set_xlabel("memory, or the model's size over it")
     axes.set_ylabel("tokens per second, median (lines: p10 to p90)")
@@ -308,13 +308,18 @@ def _draw_tokens(result: BenchResult) -> Figure:
             rounds = [run.token_s for run in cell.runs if run.arm == arm and run.token_s]
             middle = [median(seconds) for seconds in zip(*rounds, strict=False)]
             axes.plot(range(1, len(middle) + 1), middle, color=_COLOURS[arm], linewidth=0.9, label=arm)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if any(run.token_s for run in cell.runs):
+            _logarithmic(axes)
         axes.set_ylabel(f"{cell.label}: seconds")
         if place == n_cells - 1:
             axes.set_xlabel("token after the prompt")
         _finish(axes, result if place == 0 else None)
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _finish(axes: Axes, result: BenchResult | None) -> None:
