@@ -16,11 +16,12 @@ from edgemoe.bench_machine import describe, disk_bandwidth
 from edgemoe.bench_opponent import Trial, best_opponent
 from edgemoe.bench_roofline import BOUNDS, Roofline, roofline
 from edgemoe.bench_run import Cell, Run, Workload, resident_run, run_arm
-from edgemoe.bench_workload import make_workload
+from edgemoe.bench_workload import MEASURED, NATURAL, departures, make_workload
 from edgemoe.errors import BudgetError, TraceError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import format_bytes, machine, parse_budget
 from edgemoe.memory_cgroup import CgroupUnavailableError, memory_cgroup
+from edgemoe.route_statistics import statistics
 
 __all__ = ["FITS", "BenchResult", "CellResult", "run_bench"]
 
@@ -99,6 +100,11 @@ class BenchResult:
         Tokens; cold starts of each arm.
     recall : float or None
         Of the emulated look-ahead.
+    statistics : dict of str to float
+        How local and how skewed the decoded tokens' routes are (`edgemoe.route_statistics`); empty where there are
+        too few, or they are not known.
+    departures : list of str or None
+        Which of them differ from those of the trace that the routes were fitted to; None where there is none.
     cells : list of CellResult
         One for each budget.
     """
@@ -110,6 +116,8 @@ class BenchResult:
     n_decode: int
     rounds: int
     recall: float | None
+    statistics: dict[str, float]
+    departures: list[str] | None
     cells: list[CellResult]
 
     def document(self) -> dict[str, Any]:
@@ -167,8 +175,16 @@ def run_bench(
     with tempfile.TemporaryDirectory(prefix="edgemoe-bench-") as scratch:
         resident: dict[int, Run] = {}
         results = [_measure(cell, workload, arms, rounds, Path(scratch), resident, say) for cell in cells]
-    name = workload.routes.name if workload.routes else "natural"
-    return BenchResult(describe(model), name, workload.forced, n_prompt, n_decode, rounds, recall, results)
+    name, routes = NATURAL, workload.routes
+    measured, departed = {}, None
+    if routes is not None:
+        name = routes.name
+        if n_decode >= MEASURED:
+            found = statistics(routes, MEASURED)
+            measured, departed = dict(found.shares()), departures(routes, found)
+    return BenchResult(
+        describe(model), name, workload.forced, n_prompt, n_decode, rounds, recall, measured, departed, results
+    )
 
 
 def budget_of(text: str, index: ExpertIndex) -> int | None:

@@ -17,6 +17,7 @@ from edgemoe.atomic_file import atomic_file
 from edgemoe.bench import BenchResult, CellResult
 from edgemoe.bench_figures import Figures
 from edgemoe.memory import format_bytes
+from edgemoe.route_statistics import TOLERANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,6 +117,12 @@ def bench_tables(result: BenchResult) -> Iterator[RenderableType]:
         f"{about['cpu']}, {about['cores']} cores, {about['kernel']}, disk {about['disk']},"
         f" edgemoe {about['commit']}, {about['date']}"
     )
+    if result.statistics:
+        shares = ", ".join(f"{name} {value:.2f}" for name, value in result.statistics.items())
+        yield Text(f"routes: {shares}")
+    if result.departures is not None:
+        found = "; ".join(result.departures) or "none"
+        yield Text(f"statistics that differ by more than {TOLERANCE} from the trace they were fitted to: {found}")
     for cell in result.cells:
         yield Text(_head(cell), style="bold")
         yield _speeds(cell.figures)

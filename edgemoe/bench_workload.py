@@ -13,13 +13,19 @@ from edgemoe.bench_run import Workload
 from edgemoe.errors import TraceError
 from edgemoe.index import ExpertIndex
 from edgemoe.plan import DEFAULT_UBATCH
+from edgemoe.route_statistics import TRACES, RouteStatistics, check
 from edgemoe.routes import Routes, fitted_routes, predictions, read_routes, task_switch_routes, uniform_routes
 
-__all__ = ["FITTED_TO", "NATURAL", "make_workload"]
+__all__ = ["FITTED_TO", "NATURAL", "departures", "make_workload"]
 
 NATURAL = "natural"
 FITTED_TO = "qwen"
-"""The model whose routing `fitted` and `switch` imitate."""
+FITTED_EXPERTS, FITTED_USED = 128, 6
+"""The model whose routing `fitted` and `switch` imitate, and its trace's experts of a layer and of a token: other
+numbers change the statistics. `uniform` uses as many, to be comparable."""
+
+MEASURED = TRACES[FITTED_TO].n_token
+"""Decoded tokens that routes are judged by."""
 
 _SEED = 0
 
@@ -62,7 +68,7 @@ def make_workload(
         natural = None if ids is None else Routes(NATURAL, index.n_expert, ids[:n_prompt], ids[n_prompt:])
         return Workload(tokens[:n_prompt], tokens[n_prompt:], _as_seen(natural, index), forced=False), index
     layers = index.moe_layers
-    shape = (len(layers), index.n_expert, max(index.n_expert_used[layer] for layer in layers))
+    shape = (len(layers), index.n_expert, min(FITTED_USED, *(index.n_expert_used[layer] for layer in layers)))
     if routing == "fitted":
         routes = fitted_routes(FITTED_TO, *shape, n_prompt, n_decode, _SEED)
     elif routing == "uniform":
@@ -78,6 +84,13 @@ def make_workload(
         predicted = predictions(ids, index.n_expert, recall, _SEED)
     workload = Workload(tokens[:n_prompt], tokens[n_prompt:], _as_seen(routes, index), True, predicted)
     return workload, replace(index, n_expert_used=(routes.n_used,) * index.n_layer)
+
+
+def departures(routes: Routes, measured: RouteStatistics) -> list[str] | None:
+    """Name what differs from the trace that routes were fitted to; None where there is no trace of their shape."""
+    drawn = routes.name == f"fitted {FITTED_TO}"
+    alike = (routes.n_expert, routes.n_used, measured.n_token) == (FITTED_EXPERTS, FITTED_USED, MEASURED)
+    return check(measured, FITTED_TO) if drawn and alike else None
 
 
 def _as_seen(routes: Routes | None, index: ExpertIndex) -> Routes | None:

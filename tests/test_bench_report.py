@@ -36,7 +36,8 @@ def cell(label: str, roofline: Roofline | None, *runs: Run) -> CellResult:
 
 
 def result(*cells: CellResult) -> BenchResult:
-    return BenchResult(ABOUT, "qwen", True, 32, 100, 1, None, list(cells))
+    statistics = {"overlap at lag 1": 0.384, "distinct experts": 0.5}
+    return BenchResult(ABOUT, "qwen", True, 32, 100, 1, None, statistics, ["overlap at lag 2"], list(cells))
 
 
 USUAL = result(
@@ -68,6 +69,8 @@ def test_tables() -> None:
     )
     assert any("1 x MMAP 0.5, 2 x NONE -" in line for line in lines)
     assert "mmap: the kernel killed it" in lines
+    assert "routes: overlap at lag 1 0.38, distinct experts 0.50" in lines
+    assert "statistics that differ by more than 0.05 from the trace they were fitted to: overlap at lag 2" in lines
 
 
 def test_rows(tmp_path: Path) -> None:

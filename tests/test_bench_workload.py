@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from plain_llama import TINY_MOE
 
 from edgemoe.bench_arm import Settings
-from edgemoe.bench_workload import make_workload
+from edgemoe.bench_workload import MEASURED, departures, make_workload
 from edgemoe.errors import EdgemoeError, TraceError
 from edgemoe.index import ExpertIndex, read_index
+from edgemoe.route_statistics import statistics
+from edgemoe.routes import fitted_routes, uniform_routes
 
 SETTINGS = Settings(str(TINY_MOE), n_ctx=48, n_ubatch=None, n_threads=1)
 
@@ -65,6 +68,18 @@ def test_predictions_are_right_so_often(index: ExpertIndex) -> None:
     told = workload.predicted[:, :-1]
     assert told.shape == true.shape
     assert (told[..., None] == true[..., None, :]).any(-1).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_fitted_routes_are_compared_with_their_trace() -> None:
+    fitted = fitted_routes("qwen", 48, 128, 6, 8, MEASURED, 0)
+    assert departures(fitted, statistics(fitted, MEASURED)) == []
+    wider = fitted_routes("qwen", 12, 64, 6, 8, MEASURED, 0)
+    uniform = uniform_routes(12, 128, 6, 8, MEASURED, 0)
+    assert departures(wider, statistics(wider, MEASURED)) is None
+    assert departures(uniform, statistics(uniform, MEASURED)) is None
+    # Uniform routes by the name of fitted ones are found out.
+    liar = replace(uniform, name=fitted.name)
+    assert departures(liar, statistics(liar, MEASURED))
 
 
 def test_natural_routes_are_the_model_s_own(index: ExpertIndex) -> None:
