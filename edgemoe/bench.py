@@ -165,7 +165,7 @@ def run_bench(
         If a budget is none or too small, the model or the routes cannot be used, or the plan's process fails.
     """
     index = read_index(model)
-    settings = Settings(str(model.resolve()), n_prompt + n_decode, None, n_threads)
+    settings = Settings(str(model.resolve()), n_prompt + n_decode, None, n_threads, n_batch=n_prompt)
     wanted = [budget_of(text, index) for text in budgets]
     workload, index = make_workload(routing, index, settings, n_prompt, n_decode, recall)
     if workload.routes is None and {"auto", "task"} & set(arms):

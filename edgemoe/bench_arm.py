@@ -49,7 +49,7 @@ class Settings:
     model : str
         GGUF file.
     n_ctx, n_threads : int
-        Tokens; threads for prompts and decoding alike.
+        Tokens; threads.
     n_ubatch : int or None
         Physical batch; None, when a plan is asked for, leaves it to the plan.
     ram : int or None
@@ -60,6 +60,8 @@ class Settings:
         Whether edgemoe is the control arm: least recently used, no overlap, no look-ahead.
     load_mode : str
         How plain llama.cpp loads: ``MMAP``, ``NONE`` or ``DIRECT_IO`` of its enum llama_load_mode.
+    n_batch, n_threads_batch : int or None
+        Logical batch, n_ubatch by default; threads for a prompt, n_threads by default.
     n_expert_used : int or None
         Experts per token, instead of the model's own number.
     forced_bytes : int
@@ -74,6 +76,8 @@ class Settings:
     io: str = "auto"
     plain: bool = False
     load_mode: str = "MMAP"
+    n_batch: int | None = None
+    n_threads_batch: int | None = None
     n_expert_used: int | None = None
     forced_bytes: int = 0
 

@@ -77,10 +77,10 @@ def _shared(settings: Settings) -> dict[str, Any]:
     """Give what both arms pass to their `Llama`."""
     return {
         "n_ctx": settings.n_ctx,
-        "n_batch": settings.n_ubatch,
+        "n_batch": max(settings.n_batch or 0, settings.n_ubatch or 0),
         "n_ubatch": settings.n_ubatch,
         "n_threads": settings.n_threads,
-        "n_threads_batch": settings.n_threads,
+        "n_threads_batch": settings.n_threads_batch or settings.n_threads,
         "kv_overrides": _top_k(settings),
     }
 

@@ -44,19 +44,22 @@ def best_opponent(
 ) -> tuple[Settings, list[Trial]]:
     """Try every number of threads with every load mode; gives the fastest decoder's settings, and all trials.
 
-    Modes that hold the whole model in anonymous memory are tried only where the limit holds it.
+    A prompt has all cores in any case. Modes that hold the whole model in anonymous memory are tried only where the
+    limit holds it.
     """
     fits = cell.index.file_bytes < cell.limit
     n_prompt, n_tokens = (_PROMPT, _TOKENS) if fits else (_SLOW_PROMPT, _SLOW_TOKENS)
     few = replace(workload, prompt=workload.prompt[:n_prompt], decode=workload.decode[:n_tokens])
     trials = []
+    n_cores = len(os.sched_getaffinity(0))
     for load_mode in ("MMAP", "NONE", "DIRECT_IO") if fits else ("MMAP",):
-        for n_threads in range(1, len(os.sched_getaffinity(0)) + 1):
-            settings = replace(cell.settings, load_mode=load_mode, n_threads=n_threads)
+        for n_threads in range(1, n_cores + 1):
+            settings = replace(cell.settings, load_mode=load_mode, n_threads=n_threads, n_threads_batch=n_cores)
             run = run_arm(MMAP, cell, few, settings, scratch)
             speed = 1 / median(run.token_s) if run.token_s and not run.failure else None
             trials.append(Trial(n_threads, load_mode, speed, run.failure))
             result = run.failure if speed is None else f"{speed:.2f} tok/s"
             say(f"{cell.label:>6}  llama.cpp, {n_threads} threads, {load_mode}: {result}")
     best = max(trials, key=lambda trial: trial.tokens_per_s or 0.0)
-    return replace(cell.settings, load_mode=best.load_mode, n_threads=best.n_threads), trials
+    settings = replace(cell.settings, load_mode=best.load_mode, n_threads=best.n_threads, n_threads_batch=n_cores)
+    return settings, trials

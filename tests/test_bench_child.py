@@ -45,11 +45,12 @@ def test_experts_are_held_and_routes_restricted() -> None:
 @pytest.mark.parametrize("mode", ["MMAP", "NONE", "DIRECT_IO"])
 def test_plain_llama_is_opened_as_asked(mode: str) -> None:
     model, context = internals.LlamaModel, internals.LlamaContext
-    llama = open_plain(replace(SETTINGS, load_mode=mode, n_expert_used=1))
+    llama = open_plain(replace(SETTINGS, load_mode=mode, n_expert_used=1, n_batch=48, n_threads_batch=2))
     try:
         assert llama.model_params.load_mode == getattr(C, f"LLAMA_LOAD_MODE_{mode}")
         assert llama.model_params.use_extra_bufts is False
-        assert llama.n_batch == 32 and llama.n_threads == 1
+        assert (llama.n_batch, llama.context_params.n_ubatch) == (48, 32)
+        assert (llama.n_threads, llama.n_threads_batch) == (1, 2)
     finally:
         llama.close()
     assert (internals.LlamaModel, internals.LlamaContext) == (model, context)

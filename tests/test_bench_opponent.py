@@ -35,7 +35,7 @@ def trials_of(limit: int, seconds: dict[tuple[int, str], float], monkeypatch: py
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {(1, "MMAP"): 0.3, (2, "MMAP"): 0.2, (1, "NONE"): 0.1, (2, "NONE"): 0.4, (2, "DIRECT_IO"): 0.5}
     best, trials, asked = trials_of(1 << 30, seconds, monkeypatch)
-    assert (best.n_threads, best.load_mode, best.ram) == (1, "NONE", SETTINGS.ram)
+    assert (best.n_threads, best.n_threads_batch, best.load_mode, best.ram) == (1, 2, "NONE", SETTINGS.ram)
     speeds = {(trial.n_threads, trial.load_mode): trial.tokens_per_s for trial in trials}
     assert speeds == {key: 1 / value for key, value in seconds.items()} | {(1, "DIRECT_IO"): None}
     assert [trial.failure for trial in trials if trial.tokens_per_s is None] == ["killed"]
