@@ -65,7 +65,7 @@ _ROOFLINE = (
     "bound",
     "prompt_s",
 )
-_ABOUT = ("date", "commit", "cpu", "cores", "kernel", "disk")
+_ABOUT = ("date", "commit", "cpu", "cores", "kernel", "disk", "disk_bytes_per_s")
 FIELDS = (
     *_ABOUT,
     "model",
@@ -114,8 +114,7 @@ def bench_tables(result: BenchResult) -> Iterator[RenderableType]:
     yield Text(
         f"{model['name']} ({format_bytes(model['file_bytes'])}, {model['n_layer']} layers), {routing}; prompt of"
         f" {result.n_prompt} tokens, then {result.n_decode}, {result.rounds} rounds\n"
-        f"{about['cpu']}, {about['cores']} cores, {about['kernel']}, disk {about['disk']},"
-        f" edgemoe {about['commit']}, {about['date']}"
+        f"{_machine(result)}"
     )
     if result.statistics:
         shares = ", ".join(f"{name} {value:.2f}" for name, value in result.statistics.items())
@@ -128,6 +127,14 @@ def bench_tables(result: BenchResult) -> Iterator[RenderableType]:
         yield _speeds(cell.figures)
         yield _costs(cell.figures)
         yield from map(Text, _remarks(cell))
+
+
+def _machine(result: BenchResult) -> str:
+    about = result.about
+    return (
+        f"{about['cpu']}, {about['cores']} cores, {about['kernel']}, disk {about['disk']},"
+        f" edgemoe {about['commit']}, {about['date']}"
+    )
 
 
 def _head(cell: CellResult) -> str:
@@ -300,6 +307,7 @@ def _draw_speeds(result: BenchResult) -> Figure:
     for label, dashes in (("roofline, Belady", "-"), ("roofline, LRU", ":")):
         axes.plot([], [], color="#b00020", linestyle=dashes, label=label)
     _finish(axes, result)
+    figure.supxlabel(_machine(result), fontsize=7, color="0.4")
     return figure
 
 
@@ -321,6 +329,7 @@ def _draw_tokens(result: BenchResult) -> Figure:
         if place == n_cells - 1:
             axes.set_xlabel("token after the prompt")
         _finish(axes, result if place == 0 else None)
+    figure.supxlabel(_machine(result), fontsize=7, color="0.4")
     return figure
 
 

@@ -25,6 +25,7 @@ ABOUT = {
     "cores": 2,
     "kernel": "Linux 6",
     "disk": "serial 42",
+    "disk_bytes_per_s": 1e9,
     "model": {"name": "a model", "file_bytes": 17 << 30, "n_layer": 48},
 }
 
