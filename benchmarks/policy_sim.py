@@ -3,8 +3,9 @@
     python -m benchmarks.policy_sim qwen uniform
 
 One cache holds experts of all layers, each a slot. The prompt passes first as one batch, the union of its experts layer
-by layer; then decoded tokens are counted. `lru` and `belady` are those of `edgemoe.cache_replay`. Lines for people go
-to standard error, the last line of standard output is the result as JSON.
+by layer; then decoded tokens are counted. Where `cold` is said, no prompt passes; `cold, pattern` starts with the
+experts there that the prompt used most, which it is told to prefer. `lru` and `belady` are those of
+`edgemoe.cache_replay`. Lines for people go to standard error, the last line of standard output is the result as JSON.
 
 The policy to beat them, `forecast`, keeps for each expert n = layer * N + expert the probability p[n] that the next
 token to pass its layer uses it. That is a mixture of forecasters q[0..4]: a prior, and exponential averages of its use
@@ -21,14 +22,16 @@ for all layers. N experts, k used by a token, L layers that have experts, all nu
     victim while layer l is served: the smallest p[n] * (1 / (1 + d / L)) of what is there and not in use now, where
         d = 1 + (layer of n - l - 1) mod L layers pass before n's layer comes round; among equals the smallest n
 
-The last factor makes an expert whose layer was just passed leave before one that is as likely, but soon. A pattern's
-preferred experts are a prior of 0.2 k / N, and 0.8 k / M more for the M preferred: what it is worth is learnt too.
+The last factor makes an expert whose layer was just passed leave before one that is as likely, but soon. A pattern that
+prefers M experts of a layer is another prior: (1 - s) k / N for all and s k / M more for those, where s = sqrt(M / N) is
+about what hot lists of real text cover. What it is worth is learnt, as w[0].
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -78,7 +81,7 @@ def forecast(q, w, p, first, counts, used, m):
 
 
 @numba.njit(cache=True)
-def replay(policy, batches, n_expert, n_slots, prior, pinned, half_life):
+def replay(policy, batches, n_expert, n_slots, prior, chosen, warm, half_life):
     """Serve batches of tokens, ids [tokens, layers, k] each.
 
     Parameters
@@ -87,8 +90,10 @@ def replay(policy, batches, n_expert, n_slots, prior, pinned, half_life):
     batches : list of int32 arrays [tokens, layers, k]
     prior : float64 array [layers * n_expert]
         Of `FORECAST`.
-    pinned : bool array [layers * n_expert]
-        Of `PINNED`: leave after all others.
+    chosen : bool array [layers * n_expert]
+        A pattern's experts; `PINNED` lets them leave after all others.
+    warm : bool
+        Whether the chosen ones, no more than the slots, are there from the start.
     half_life : int array [batches]
         Of `DECAYED`: which of `HALF_LIVES` is in force.
 
@@ -109,6 +114,10 @@ def replay(policy, batches, n_expert, n_slots, prior, pinned, half_life):
 
     resident, n_resident = np.empty(n_slots, np.int64), 0
     place = np.full(n, -1)
+    if warm:
+        for x in np.nonzero(chosen)[0]:
+            resident[n_resident], place[x] = x, n_resident
+            n_resident += 1
     in_use = np.zeros(n, np.bool_)
     key, wait = np.empty(n_slots), np.empty(n_layer)
     hits = np.zeros(len(batches), np.int64)
@@ -157,7 +166,7 @@ def replay(policy, batches, n_expert, n_slots, prior, pinned, half_life):
                         elif policy == DECAYED:
                             key[s] = np.log2(decayed[half_life[b], x]) + at[x] / HALF_LIVES[half_life[b]]
                         elif policy == PINNED:
-                            key[s] = order[x] + (1e12 if pinned[x] else 0.0)
+                            key[s] = order[x] + (1e12 if chosen[x] else 0.0)
                         else:
                             key[s] = p[x] * wait[x // n_expert]
                     slot = -1
@@ -182,11 +191,11 @@ def hits(
     policy: int,
     *,
     half_life: int | Counts = 0,
-    pinned: npt.NDArray[np.bool_] | None = None,
-    prior: npt.NDArray[np.float64] | None = None,
+    chosen: npt.NDArray[np.bool_] | None = None,
+    warm: bool = False,
 ) -> Counts:
-    """Hits of each decoded token, after the prompt as one batch."""
-    n = routes.n_layer * routes.n_expert
+    """Hits of each decoded token, after the prompt as one batch; `half_life` may differ from token to token."""
+    chosen = np.zeros(routes.n_layer * routes.n_expert, np.bool_) if chosen is None else chosen
     batches = [*([routes.prompt] if len(routes.prompt) else []), *routes.decode[:, None]]
     arms = np.zeros(len(batches), np.int64)
     arms[len(batches) - len(routes.decode) :] = half_life
@@ -195,18 +204,28 @@ def hits(
         numba.typed.List(np.ascontiguousarray(batch) for batch in batches),
         routes.n_expert,
         n_slots,
-        np.full(n, routes.n_used / routes.n_expert) if prior is None else prior,
-        np.zeros(n, np.bool_) if pinned is None else pinned,
+        prior(routes, chosen),
+        chosen,
+        warm,
         arms,
     )
     return np.asarray(found[len(batches) - len(routes.decode) :])
 
 
+def prior(routes: Routes, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """How likely each expert is before any was used: all alike, or the chosen ones of a layer more."""
+    of_layer = chosen.reshape(routes.n_layer, routes.n_expert)
+    n_chosen = of_layer.sum(1, keepdims=True)
+    share = np.sqrt(n_chosen / routes.n_expert)
+    return (routes.n_used * ((1 - share) / routes.n_expert + share * of_layer / np.maximum(n_chosen, 1))).ravel()
+
+
 def hottest(routes: Routes, n: int) -> npt.NDArray[np.bool_]:
-    """The n experts that the prompt used most, over all layers."""
+    """The n experts that the prompt used most, over all layers; fewer if it used fewer."""
     counts = np.stack([np.bincount(ids.ravel(), minlength=routes.n_expert) for ids in routes.prompt.swapaxes(0, 1)])
+    best = np.argsort(-counts.ravel(), kind="stable")[:n]
     chosen = np.zeros(counts.size, np.bool_)
-    chosen[np.argsort(-counts.ravel(), kind="stable")[:n]] = True
+    chosen[best[counts.ravel()[best] > 0]] = True
     return chosen
 
 
@@ -223,17 +242,21 @@ def bandit(arms: list[Counts], memory: float = 32.0) -> Counts:
 def compare(routes: Routes, n_slots: int) -> dict[str, Counts]:
     """Hits of each decoded token by policy."""
     sizes = [1] * routes.n_layer
+    cold = replace(routes, prompt=routes.prompt[:0])
     arms = [hits(routes, n_slots, DECAYED, half_life=j) for j in range(len(HALF_LIVES))]
     return {
         "lru": lru(routes.decode, sizes, n_slots, routes.prompt).hits,
         "lfu": hits(routes, n_slots, LFU),
         "lfru": hits(routes, n_slots, LFRU),
         "class-lru": hits(routes, n_slots, CLASS_LRU),
-        "pinned": hits(routes, n_slots, PINNED, pinned=hottest(routes, n_slots // 2)),
+        "pinned": hits(routes, n_slots, PINNED, chosen=hottest(routes, n_slots // 2)),
         **{f"decayed {h:.0f}": arm for h, arm in zip(HALF_LIVES, arms, strict=True)},
         "bandit": hits(routes, n_slots, DECAYED, half_life=bandit(arms)),
         "forecast": hits(routes, n_slots, FORECAST),
         "belady": belady(routes.decode, sizes, n_slots, routes.prompt).hits,
+        "cold lru": lru(cold.decode, sizes, n_slots).hits,
+        "cold forecast": hits(cold, n_slots, FORECAST),
+        "cold, pattern": hits(cold, n_slots, FORECAST, chosen=hottest(routes, n_slots), warm=True),
     }
 
 
@@ -267,7 +290,7 @@ def main(names: tuple[str, ...], ratio: tuple[float, ...], seed: int, out: Path 
         routes = known[name]()
         cycle = routes.n_layer * routes.n_used
         table = Table(title=f"{name}: hits of {len(routes.decode)} tokens, of the first {FIRST}, in %")
-        table.add_column("experts / slots")
+        table.add_column("experts / slots", no_wrap=True)
         sizes = {f"{r:g}": int(routes.n_layer * routes.n_expert / r) for r in ratio} | {"half a cycle": cycle // 2}
         columns: dict[str, dict[str, Counts]] = {label: compare(routes, n) for label, n in sizes.items()}
         for label, n in sizes.items():
