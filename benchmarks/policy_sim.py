@@ -23,7 +23,7 @@ for all layers. N experts, k used by a token, L layers that have experts, all nu
         d = 1 + (layer of n - l - 1) mod L layers pass before n's layer comes round; among equals the smallest n
 
 The last factor makes an expert whose layer was just passed leave before one that is as likely, but soon. A pattern that
-prefers M experts of a layer is another prior: (1 - s) k / N for all and s k / M more for those, where s = sqrt(M / N) is
+prefers M experts of a layer is another prior: (1 - s) k / N for all and s k / M more for those; s = sqrt(M / N) is
 about what hot lists of real text cover. What it is worth is learnt, as w[0].
 """
 

@@ -60,7 +60,8 @@ def lru(rows: Ids, slab_bytes_per_layer: Sequence[int], arena_bytes: int, prompt
     arena_bytes : int
         Size of the cache.
     prompt : int32 array [tokens, layers, k] or None
-        Served before, as one batch: the union of its experts, ascending, layer by layer. Not counted.
+        Served before, as one batch: the union of its experts, ascending, layer by layer. Not counted. What does not
+        fit at once passes through.
 
     Raises
     ------
@@ -74,14 +75,13 @@ def lru(rows: Ids, slab_bytes_per_layer: Sequence[int], arena_bytes: int, prompt
     def serve(request: Request) -> list[int]:
         nonlocal free
         missed = [entry for entry in request if entry not in resident]
+        # Used now in the order of the request, all of them before any leaves for another.
         for entry in request:
-            if entry in resident:
-                resident.move_to_end(entry)
-        for entry in missed:
-            free -= size_of[entry]
-            while free < 0:
-                free += size_of[resident.popitem(last=False)[0]]
             resident[entry] = None
+            resident.move_to_end(entry)
+        free -= sum(size_of[entry] for entry in missed)
+        while free < 0:
+            free += size_of[resident.popitem(last=False)[0]]
         return missed
 
     return _counted(rows, requests, size_of, serve)
@@ -94,6 +94,9 @@ def belady(rows: Ids, slab_bytes_per_layer: Sequence[int], arena_bytes: int, pro
     comes. First uses are misses too.
     """
     requests, size_of = _requests(rows, slab_bytes_per_layer, arena_bytes, prompt)
+    # A prompt's experts need not fit at once, so they are served one by one.
+    n_prompt = len(requests) - rows.shape[0] * rows.shape[1]
+    requests[:n_prompt] = [[entry] for request in requests[:n_prompt] for entry in request]
     never = len(requests)
     next_use: dict[int, int] = {}
     following: list[list[int]] = [[]] * never
@@ -141,9 +144,7 @@ def _requests(
     first = np.arange(n_layer) * n_expert
     requests: list[Request] = []
     if prompt is not None and len(prompt):
-        # One by one, since they need not fit at once.
-        for layer in range(n_layer):
-            requests += [[int(entry)] for entry in first[layer] + np.unique(prompt[:, layer])]
+        requests += [(first[layer] + np.unique(prompt[:, layer])).tolist() for layer in range(n_layer)]
     requests += (rows + first[:, None]).reshape(-1, n_used).tolist()
     return requests, np.repeat(sizes, n_expert).tolist()
 

@@ -38,19 +38,15 @@ def searched(rows, sizes, arena, prompt):
 
     def use(layer, experts):
         missed = [(layer, e) for e in experts if (layer, e) not in kept]
-        for entry in [(layer, e) for e in experts if (layer, e) in kept]:
-            kept.remove(entry)
-            kept.append(entry)
-        for entry in missed:
-            kept.append(entry)
-            while sum(sizes[of] for of, _ in kept) > arena:
-                kept.pop(0)
+        kept[:] = [entry for entry in kept if entry[0] != layer or entry[1] not in experts]
+        kept.extend((layer, e) for e in experts)
+        while sum(sizes[of] for of, _ in kept) > arena:
+            kept.pop(0)
         return len(missed)
 
     if prompt is not None:
         for layer in range(len(sizes)):
-            for expert in sorted(set(prompt[:, layer].ravel().tolist())):
-                use(layer, [expert])
+            use(layer, sorted(set(prompt[:, layer].ravel().tolist())))
     return [[use(layer, ids.tolist()) for layer, ids in enumerate(row)] for row in rows]
 
 
