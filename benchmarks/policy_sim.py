@@ -16,15 +16,16 @@ for all layers. N experts, k used by a token, L layers that have experts, all nu
     a layer is routed for m tokens, expert n by c[n] of them, before anything is evicted for it:
         if m = 1:  share[i] = sum over used n, by rank: w[i] q[i][n] / (w[0] q[0][n] + ... + w[4] q[4][n]) / k
                    w[i] = (1 - LEARN) w[i] + LEARN ((1 - SHARED) share[i] + SHARED / 5)
-        for each half-life h_i, all n of the layer:  g = 2^(-m / h_i)
+        for each half-life h_i, all n of the layer:  g = 2^(-min(m, MOST) / h_i)
                    q[i][n] = max(LEAST, g q[i][n] + (1 - g) (c[n] / m))
         for all n of the layer:  p[n] = w[0] q[0][n] + ... + w[4] q[4][n], added in this order
     victim while layer l is served: the smallest p[n] * (1 / (1 + d / L)) of what is there and not in use now, where
         d = 1 + (layer of n - l - 1) mod L layers pass before n's layer comes round; among equals the smallest n
 
-The last factor makes an expert whose layer was just passed leave before one that is as likely, but soon. A pattern that
-prefers M experts of a layer is another prior: (1 - s) k / N for all and s k / M more for those; s = sqrt(M / N) is
-about what hot lists of real text cover. What it is worth is learnt, as w[0].
+A prompt batch counts as no more than MOST = 32 tokens, so that the cache does not forget what was decoded before it.
+LEARN and SHARED are 0.02, LEAST is 1e-12. The last factor makes an expert whose layer was just passed leave before one
+that is as likely, but soon. A pattern that prefers M experts of a layer is another prior: (1 - s) k / N for all and
+s k / M more for those; s = sqrt(M / N) is about what hot lists of real text cover. What it is worth is learnt, as w[0].
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ LFU, LFRU, CLASS_LRU, DECAYED, PINNED, FORECAST = range(6)
 HALF_LIVES = np.array([2.0, 8.0, 32.0, 128.0])
 FORECASTERS = np.array([1.0, 4.0, 16.0, 64.0])
 LEARN, SHARED, LEAST = 0.02, 0.02, 1e-12
+MOST = 32
 FIRST = 64
 
 Ids = npt.NDArray[np.int32]
@@ -70,7 +72,7 @@ def forecast(q, w, p, first, counts, used, m):
         for i in range(n_forecasters):
             w[i] = (1 - LEARN) * w[i] + LEARN * ((1 - SHARED) * share[i] + SHARED / n_forecasters)
     for i in range(1, n_forecasters):
-        kept = 2.0 ** (-m / FORECASTERS[i - 1])
+        kept = 2.0 ** (-min(m, MOST) / FORECASTERS[i - 1])
         for e in range(n_expert):
             q[i, first + e] = max(LEAST, kept * q[i, first + e] + (1 - kept) * (counts[e] / m))
     for e in range(n_expert):
@@ -289,7 +291,7 @@ def main(names: tuple[str, ...], ratio: tuple[float, ...], seed: int, out: Path 
     for name in names or known:
         routes = known[name]()
         cycle = routes.n_layer * routes.n_used
-        table = Table(title=f"{name}: hits of {len(routes.decode)} tokens, of the first {FIRST}, in %")
+        table = Table(title=f"{name}: hits of {len(routes.decode)} tokens, of the first {FIRST}, in %", box=None)
         table.add_column("experts / slots", no_wrap=True)
         sizes = {f"{r:g}": int(routes.n_layer * routes.n_expert / r) for r in ratio} | {"half a cycle": cycle // 2}
         columns: dict[str, dict[str, Counts]] = {label: compare(routes, n) for label, n in sizes.items()}
@@ -309,7 +311,7 @@ def main(names: tuple[str, ...], ratio: tuple[float, ...], seed: int, out: Path 
                         "first_64": round(rates[:FIRST].mean(), 4),
                     }
                 )
-                shown.append(f"{100 * rates.mean():.1f}  {100 * rates[:FIRST].mean():.1f}")
+                shown.append(f"{100 * rates.mean():.1f} {100 * rates[:FIRST].mean():.1f}")
             table.add_row(policy, *shown)
         console.print(table)
     result = json.dumps({"benchmark": "policy_sim", "seed": seed, "rows": rows})
