@@ -25,7 +25,7 @@ from edgemoe.residency import Residency
 from edgemoe.routed_shares import RoutedShares, place_of
 from edgemoe.router_tap import RouterTap, trace_memory
 from edgemoe.served_model import built_around, reporting
-from edgemoe.store import ExpertStore, forget_libraries, return_freed_memory
+from edgemoe.store import ExpertStore, Tuning, forget_libraries, return_freed_memory
 
 if TYPE_CHECKING:
     from edgemoe.matcher import Match
@@ -61,6 +61,8 @@ class Llama(PlainLlama):
         Logical and physical batch, 512 unless the experts of such a batch do not fit.
     reserved : sequence of PlanLine
         Memory that the caller itself will hold: the plan leaves it free.
+    tuning : Tuning, optional
+        For measuring: what of the store's work beyond reading on demand is on, by default all of it.
     on_plan : callable, optional
         ``on_plan(plan)`` before anything is loaded.
     on_progress : callable, optional
@@ -100,6 +102,7 @@ class Llama(PlainLlama):
         n_batch: int = 512,
         n_ubatch: int | None = None,
         reserved: Sequence[PlanLine] = (),
+        tuning: Tuning | None = None,
         on_plan: Callable[[ExpertPlan], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         **kwargs: Any,
@@ -140,7 +143,7 @@ class Llama(PlainLlama):
         return_freed_memory()
         if machine().cgroup_limit is not None:
             forget_libraries()
-        self.store = ExpertStore(self.index, self.plan.arena_bytes, io)
+        self.store = ExpertStore(self.index, self.plan.arena_bytes, io, tuning)
         self.tap = RouterTap(self.store, self.index)
         self.residency = Residency(self.store, self.index.moe_layers)
         kwargs.setdefault("verbose", False)

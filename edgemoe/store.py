@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -38,21 +38,28 @@ class StoreStats:
     Attributes
     ----------
     hits, misses, evictions : int
-        Slabs found in memory, read from disk, dropped for others.
+        Slabs found in memory or already on their way, read from disk, dropped for others.
+    expected_hits : int
+        Those of the hits that were read ahead.
     bytes_read : int
         Expert bytes read from disk.
     dense_bytes : int
         Bytes of all other tensors read so far.
     resident_bytes, peak_bytes, arena_bytes : int
         Memory that experts hold now, held at most, may hold.
-    read_seconds : float
-        Wall time that computation waited for experts.
+    read_seconds, busy_seconds : float
+        Wall time that computation waited for experts; in which at least one read was under way.
+    prefetched_bytes, wasted_bytes : int
+        Read because the next layer was likely to need them; left without having been used.
+    retries : int
+        Reads that failed and were repeated.
     staged_layers : int
         Times that a layer's experts did not fit at once and were served tensor by tensor.
     """
 
     hits: int
     misses: int
+    expected_hits: int
     evictions: int
     bytes_read: int
     dense_bytes: int
@@ -60,6 +67,10 @@ class StoreStats:
     peak_bytes: int
     arena_bytes: int
     read_seconds: float
+    busy_seconds: float
+    prefetched_bytes: int
+    wasted_bytes: int
+    retries: int
     staged_layers: int
 
     @property
@@ -67,6 +78,33 @@ class StoreStats:
         """Share of the slabs asked for that were in memory, 0 to 1 (1 when none was asked for)."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What the store does beyond reading on demand; for measuring what each is worth.
+
+    Attributes
+    ----------
+    recycle : bool
+        Memory of experts that leave is given to those that come, instead of back to the system.
+    overlap : bool
+        A layer computes while its later parts are still arriving.
+    look_ahead : bool
+        Experts that the next layer is likely to need are read while this one computes.
+    forecast : bool
+        Who is least likely to be used soon leaves, instead of the least recently used.
+    """
+
+    recycle: bool = True
+    overlap: bool = True
+    look_ahead: bool = True
+    forecast: bool = True
+
+    @classmethod
+    def plain(cls) -> Tuning:
+        """Give the control arm of measurements: the least recently used leaves, and nothing else."""
+        return cls(recycle=False, overlap=False, look_ahead=False, forecast=False)
 
 
 class ExpertStore:
@@ -81,6 +119,8 @@ class ExpertStore:
     io : str
         ``direct`` (O_DIRECT), ``mmap``, ``pread``, or ``auto``: direct where a probe on the file shows that it works,
         else mmap.
+    tuning : Tuning
+        Everything on by default.
 
     Attributes
     ----------
@@ -93,13 +133,13 @@ class ExpertStore:
         When a file cannot be opened or does not support the asked mode.
     """
 
-    def __init__(self, index: ExpertIndex, arena_bytes: int, io: str = "auto") -> None:
+    def __init__(self, index: ExpertIndex, arena_bytes: int, io: str = "auto", tuning: Tuning | None = None) -> None:
         self.arena_bytes = arena_bytes
         self.io, self.io_reason = choose_io(index, io)
         self.n_lanes = N_LANES
         self._paths = index.files
         with _as_store_error():
-            session = _native.Session(self.io, self.n_lanes, arena_bytes)
+            session = _native.Session(self.io, self.n_lanes, arena_bytes, **asdict(tuning or Tuning()))
             for path in index.files:
                 session.add_file(os.fspath(path))
             for tensor in index.tensors:
@@ -146,6 +186,7 @@ class ExpertStore:
         return StoreStats(
             hits=native.hits,
             misses=native.misses,
+            expected_hits=native.expected_hits,
             evictions=native.evictions,
             bytes_read=native.bytes_read,
             dense_bytes=native.dense_bytes,
@@ -153,6 +194,10 @@ class ExpertStore:
             peak_bytes=native.peak_bytes,
             arena_bytes=self.arena_bytes,
             read_seconds=native.read_ns / 1e9,
+            busy_seconds=native.busy_ns / 1e9,
+            prefetched_bytes=native.expected_bytes,
+            wasted_bytes=native.wasted_bytes,
+            retries=native.retries,
             staged_layers=session.staged_layers(),
         )
 

@@ -1,84 +1,98 @@
 // Who has to leave when the arena is full: the one seam for a better policy.
 //
-// Entries are numbered 0 .. n-1 (one per layer and expert). The store reports every use with `touch` and asks for
-// victims in order. Least recently used, in two classes: entries that are preferred leave after all others. Doubly
-// linked lists over arrays: no allocation after `resize`.
+// Entries are numbered 0 .. n-1, one per layer and expert, layer by layer. The store tells what was routed where and
+// which entries are in memory, and asks for victims, one after the other, while it serves a layer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 namespace edgemoe {
 
-class LeastRecentlyUsed {
+class Eviction {
    public:
     static constexpr int32_t kNone = -1;
+    virtual ~Eviction() = default;
 
-    void resize(int32_t n) {
+    // n_expert of each MoE layer; forgets everything.
+    virtual void resize(const std::vector<int>& n_expert) = 0;
+    // The next `n_tokens` tokens (a prompt batch, or one) pass the layer, the how-manieth with experts, and chose these.
+    virtual void routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts) = 0;
+    virtual void touch(int32_t entry) = 0;   // asked for: in memory from now on
+    virtual void admit(int32_t entry) = 0;   // in memory from now on, without having been asked for
+    virtual void remove(int32_t entry) = 0;  // no longer in memory
+    // These experts of the layer, and no others of it, belong to the active task.
+    virtual void prefer(int layer, const std::vector<int32_t>& experts) = 0;
+
+    // Starts a series of victims for what this layer needs, during which nothing above is called but `remove`.
+    virtual void seek(int layer) = 0;
+    virtual int32_t next_victim() = 0;  // kNone at the end
+};
+
+// The control: least recently used, and nothing else. Doubly linked lists over arrays: no allocation after `resize`.
+class LeastRecentlyUsed final : public Eviction {
+   public:
+    void resize(const std::vector<int>& n_expert) override {
+        size_t n = 0;
+        for (const int experts : n_expert) {
+            n += static_cast<size_t>(experts);
+        }
         older_.assign(n, kNone);
         newer_.assign(n, kNone);
         linked_.assign(n, false);
-        preferred_.assign(n, false);
-        ends_[0] = ends_[1] = {};
+        oldest_ = newest_ = kNone;
     }
 
-    void touch(int32_t entry) {
-        if (entry == of(entry).newest) {
+    void routed(int, int64_t, const std::vector<int32_t>&) override {}
+    void prefer(int, const std::vector<int32_t>&) override {}
+
+    void touch(int32_t entry) override {
+        if (entry == newest_) {
             return;
         }
         remove(entry);
-        Ends& ends = of(entry);
-        older_[entry] = ends.newest;
-        if (ends.newest != kNone) {
-            newer_[ends.newest] = entry;
-        } else {
-            ends.oldest = entry;
-        }
-        ends.newest = entry;
+        older_[entry] = newest_;
+        (newest_ != kNone ? newer_[newest_] : oldest_) = entry;
+        newest_ = entry;
         linked_[entry] = true;
     }
 
-    void remove(int32_t entry) {
+    // The next to leave, unless it is in the order already.
+    void admit(int32_t entry) override {
+        if (linked_[entry]) {
+            return;
+        }
+        newer_[entry] = oldest_;
+        (oldest_ != kNone ? older_[oldest_] : newest_) = entry;
+        oldest_ = entry;
+        linked_[entry] = true;
+    }
+
+    void remove(int32_t entry) override {
         if (!linked_[entry]) {
             return;
         }
-        Ends& ends = of(entry);
         const int32_t older = older_[entry];
         const int32_t newer = newer_[entry];
-        (older != kNone ? newer_[older] : ends.oldest) = newer;
-        (newer != kNone ? older_[newer] : ends.newest) = older;
+        (older != kNone ? newer_[older] : oldest_) = newer;
+        (newer != kNone ? older_[newer] : newest_) = older;
         older_[entry] = newer_[entry] = kNone;
         linked_[entry] = false;
     }
 
-    // An entry in the order that changes class becomes the newest of its new class.
-    void prefer(int32_t entry, bool preferred) {
-        if (preferred_[entry] == preferred) {
-            return;
-        }
-        const bool linked = linked_[entry];
-        remove(entry);
-        preferred_[entry] = preferred;
-        if (linked) {
-            touch(entry);
-        }
-    }
-
-    // The first candidate, and the one to try after it; kNone at the end.
-    int32_t first_victim() const { return ends_[0].oldest != kNone ? ends_[0].oldest : ends_[1].oldest; }
-    int32_t next_victim(int32_t entry) const {
-        return newer_[entry] != kNone || preferred_[entry] ? newer_[entry] : ends_[1].oldest;
+    void seek(int) override { next_ = oldest_; }
+    int32_t next_victim() override {
+        const int32_t victim = next_;
+        next_ = victim != kNone ? newer_[victim] : kNone;
+        return victim;
     }
 
    private:
-    struct Ends {
-        int32_t oldest = kNone, newest = kNone;
-    };
-    Ends& of(int32_t entry) { return ends_[preferred_[entry] ? 1 : 0]; }
-
     std::vector<int32_t> older_, newer_;
-    std::vector<bool> linked_, preferred_;
-    Ends ends_[2];  // ordinary, preferred
+    std::vector<bool> linked_;
+    int32_t oldest_ = kNone, newest_ = kNone;
+    int32_t next_ = kNone;
 };
 
 }  // namespace edgemoe

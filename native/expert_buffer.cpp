@@ -95,6 +95,7 @@ void ExpertBuffer::adopt(ggml::Tensor* tensor) {
         experts_.emplace(tensor, id);
     } else {
         store_.read_dense(id, data);
+        dense_.emplace(spec.name, tensor);
     }
     renamed_.emplace_back(tensor, id);
     tensor->name[0] = '\1';

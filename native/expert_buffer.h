@@ -30,6 +30,11 @@ class ExpertBuffer {
         const auto found = experts_.find(tensor);
         return found == experts_.end() ? -1 : found->second;
     }
+    // A tensor of the model that is not an expert tensor, by its name in the file; null where there is none.
+    const ggml::Tensor* dense(const std::string& name) const {
+        const auto found = dense_.find(name);
+        return found == dense_.end() ? nullptr : found->second;
+    }
     // Why init_tensor or alloc_buffer refused; empty when they did not.
     const std::string& failure() const { return failure_; }
 
@@ -55,6 +60,7 @@ class ExpertBuffer {
     ggml::BufferType type_;
     std::unordered_map<std::string, int> by_name_;
     std::unordered_map<const ggml::Tensor*, int> experts_;
+    std::unordered_map<std::string, const ggml::Tensor*> dense_;
     std::vector<std::pair<ggml::Tensor*, int>> renamed_;
     std::atomic<bool> stop_{false};
     std::string failure_;

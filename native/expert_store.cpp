@@ -1,8 +1,10 @@
 #include "expert_store.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
+#include <utility>
+
+#include "forecast.h"
 
 namespace edgemoe {
 
@@ -13,12 +15,6 @@ constexpr size_t kReadPiece = size_t{1} << 20;
 // Below this a dense tensor is not worth pages of its own: it is read through the page cache.
 constexpr uint64_t kSmallDense = uint64_t{64} << 10;
 
-uint64_t now_ns() {
-    return static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-            .count());
-}
-
 template <typename Number>
 Number* as_pointer(uintptr_t address) {
     return reinterpret_cast<Number*>(address);
@@ -26,8 +22,14 @@ Number* as_pointer(uintptr_t address) {
 
 }  // namespace
 
-ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes)
-    : io_(io), arena_bytes_(arena_bytes), lanes_(n_lanes) {}
+ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning)
+    : io_(io), arena_bytes_(arena_bytes), tuning_(tuning), lanes_(n_lanes) {
+    if (tuning.forecast) {
+        order_ = std::make_unique<Forecast>();
+    } else {
+        order_ = std::make_unique<LeastRecentlyUsed>();
+    }
+}
 
 ExpertStore::~ExpertStore() = default;
 
@@ -72,13 +74,19 @@ int ExpertStore::add_tensor(TensorSpec spec) {
 
 void ExpertStore::number_entries() {
     entries_.clear();
+    std::vector<int> n_expert;
     for (size_t l = 0; l < layers_.size(); ++l) {
+        if (layers_[l].n_expert > 0) {
+            layers_[l].number = static_cast<int>(n_expert.size());
+            n_expert.push_back(layers_[l].n_expert);
+        }
         layers_[l].first_entry = static_cast<int32_t>(entries_.size());
         Entry entry;
         entry.layer = static_cast<int32_t>(l);
         entries_.insert(entries_.end(), layers_[l].n_expert, entry);
     }
-    order_.resize(static_cast<int32_t>(entries_.size()));
+    order_->resize(n_expert);
+    lanes_.resize(static_cast<int32_t>(entries_.size()) * kMaxParts);
 }
 
 bool ExpertStore::probe_direct(const std::string& path, uint64_t offset, std::string& why) {
@@ -151,9 +159,11 @@ void ExpertStore::read_dense(int id, std::byte* to) {
         jobs_.push_back(
             {&file, start + at, to - slack + at, n, std::min(n, needed - at), direct ? Io::direct : Io::pread});
     }
+    const uint64_t before = lanes_.bytes_read();
     lanes_.run(jobs_);
     file.check_unchanged();
     dense_bytes_ += spec.n_bytes;
+    dense_read_ += lanes_.bytes_read() - before;
 }
 
 // ---------------------------------------------------------------- pages
@@ -168,16 +178,17 @@ ExpertStore::Pages ExpertStore::pages_of(const Tensor& tensor, int expert) const
     return {page_floor(begin), page_ceil(begin + tensor.slab_bytes)};
 }
 
-// The pages of a slab that no other resident slab needs. Slabs may be smaller than a page, so several neighbours on
-// either side can reach into the first and the last one.
-ExpertStore::Pages ExpertStore::exclusive_pages(const Tensor& tensor, int expert) const {
+// The pages of a slab that none of the others that `hold` needs. Slabs may be smaller than a page, so several
+// neighbours on either side can reach into the first and the last one.
+template <typename Holds>
+ExpertStore::Pages ExpertStore::pages_without(const Tensor& tensor, int expert, const Holds& hold) const {
     Pages own = pages_of(tensor, expert);
     for (int before = expert - 1; before >= 0; --before) {
         const Pages other = pages_of(tensor, before);
         if (other.last <= own.first) {
             break;
         }
-        if (is_resident(tensor, before)) {
+        if (hold(before)) {
             own.first = other.last;
             break;
         }
@@ -187,12 +198,28 @@ ExpertStore::Pages ExpertStore::exclusive_pages(const Tensor& tensor, int expert
         if (other.first >= own.last) {
             break;
         }
-        if (is_resident(tensor, after)) {
+        if (hold(after)) {
             own.last = other.first;
             break;
         }
     }
     return own;
+}
+
+// What memory a slab takes or gives back: the pages that no other resident slab needs.
+ExpertStore::Pages ExpertStore::exclusive_pages(const Tensor& tensor, int expert) const {
+    return pages_without(tensor, expert, [&](int other) { return is_resident(tensor, other); });
+}
+
+// What has to be read for a slab: all but the pages of those whose bytes are there, or are waited for together with it.
+// One that is merely expected may be taken back, and nobody waits for it.
+ExpertStore::Pages ExpertStore::unread_pages(const Tensor& tensor, int expert) const {
+    return pages_without(tensor, expert, [&](int other) {
+        const int32_t entry = layers_[tensor.spec.layer].first_entry + other;
+        const int32_t slab = slab_of(entry, tensor.part);
+        return is_resident(tensor, other) &&
+               ((entries_[entry].pinned >> tensor.part & 1) != 0 || (!lanes_.arriving(slab) && !lanes_.failed(slab)));
+    });
 }
 
 // ---------------------------------------------------------------- serve
@@ -249,32 +276,35 @@ void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int
     }
 }
 
-void ExpertStore::check_files(const Layer& layer) const {
-    for (const int id : layer.tensors) {
-        files_[tensors_[id].spec.file]->check_unchanged();
+void ExpertStore::check_files() const {
+    for (const auto& file : files_) {
+        file->check_unchanged();
     }
 }
 
 void ExpertStore::warm(int layer, const std::vector<int32_t>& experts) {
-    bring(layer, (1U << n_parts(layer)) - 1, experts, false);
+    const uint32_t parts = (1U << n_parts(layer)) - 1;
+    bring(layer, parts, experts, false);
+    wait(parts);
     release();
 }
 
 void ExpertStore::prefer(int layer, const std::vector<int32_t>& experts) {
     check_request(layer, 0, experts);
-    const Layer& in = layers_[layer];
-    std::vector<bool> preferred(in.n_expert, false);
-    for (const int32_t expert : experts) {
-        preferred[expert] = true;
-    }
-    for (int32_t expert = 0; expert < in.n_expert; ++expert) {
-        order_.prefer(in.first_entry + expert, preferred[expert]);
+    order_->prefer(layers_[layer].number, experts);
+}
+
+void ExpertStore::routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts) {
+    check_request(layer, 0, experts);
+    if (!all_fit_) {  // else nobody ever has to leave
+        order_->routed(layers_[layer].number, n_tokens, experts);
     }
 }
 
 void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted) {
     release();
     check_request(layer, parts, experts);
+    drop_failed();
     const Layer& in = layers_[layer];
     // Pin all of the request before anything is evicted for a part of it.
     for (const int32_t expert : experts) {
@@ -282,14 +312,16 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
         if (entries_[entry].pinned == 0) {
             entries_[entry].pinned = static_cast<uint8_t>(parts);
             pinned_.push_back(entry);
-            order_.touch(entry);
+            order_->touch(entry);
         }
     }
+    settle_expectations(layer);
     jobs_.clear();
-    std::vector<std::pair<int32_t, int>> added;
-    std::string failure;
+    serving_ = in.number;
+    order_->seek(serving_);
     try {
         for (const int32_t entry : pinned_) {
+            const bool expected = std::exchange(entries_[entry].unused, false);
             for (const int id : in.tensors) {
                 const int part = tensors_[id].part;
                 if ((parts >> part & 1) == 0) {
@@ -297,41 +329,191 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                 }
                 if ((entries_[entry].resident >> part & 1) != 0) {
                     hits_ += counted ? 1 : 0;
+                    expected_hits_ += counted && expected ? 1 : 0;
+                    if (lanes_.arriving(slab_of(entry, part))) {
+                        lanes_.hasten(slab_of(entry, part));
+                    }
                     continue;
                 }
                 misses_ += counted ? 1 : 0;
-                make_room(tensors_[id], entry - in.first_entry);
-                added.emplace_back(entry, part);
+                if (!make_room(tensors_[id], entry - in.first_entry) &&
+                    !(abandon_expectations() && make_room(tensors_[id], entry - in.first_entry))) {
+                    throw SystemError("the selected experts of one layer need more than the arena of " +
+                                      std::to_string(arena_bytes_) + " bytes; raise --ram or lower --ubatch");
+                }
                 add(entry, part);
             }
         }
+        spares_.shrink(arena_bytes_ - resident_bytes_);
         peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
         if (!jobs_.empty()) {
-            const uint64_t started = now_ns();
-            check_files(in);
-            lanes_.run(jobs_);
-            check_files(in);  // what was read while somebody wrote is worth nothing
-            read_ns_ += now_ns() - started;
-            for (const ReadJob& job : jobs_) {
-                bytes_read_ += job.n;
+            check_files();
+        }
+    } catch (const SystemError& error) {
+        give_up(error.what());
+    }
+    // In the order in which they will be needed: all of a part before any of the next one.
+    std::stable_sort(jobs_.begin(), jobs_.end(), [](const ReadJob& a, const ReadJob& b) {
+        return a.slab % kMaxParts < b.slab % kMaxParts;
+    });
+    lanes_.submit(jobs_, Urgency::demanded);
+}
+
+uint32_t ExpertStore::arriving_parts() const {
+    uint32_t parts = 0;
+    for (const int32_t entry : pinned_) {
+        for (int part = 0; part < kMaxParts; ++part) {
+            if ((entries_[entry].pinned >> part & 1) != 0 && lanes_.arriving(slab_of(entry, part))) {
+                parts |= 1U << part;
             }
+        }
+    }
+    return parts;
+}
+
+void ExpertStore::wait(uint32_t parts) {
+    std::vector<int32_t> slabs;
+    for (const int32_t entry : pinned_) {
+        for (int part = 0; part < kMaxParts; ++part) {
+            if ((entries_[entry].pinned & parts) >> part & 1) {
+                slabs.push_back(slab_of(entry, part));
+            }
+        }
+    }
+    try {
+        const uint64_t started = now_ns();
+        lanes_.wait(slabs);
+        read_ns_ += now_ns() - started;
+        if (!unverified_.empty()) {
+            check_files();  // what was read while somebody wrote is worth nothing
+            unverified_.erase(std::remove_if(unverified_.begin(), unverified_.end(),
+                                             [this](int32_t slab) {
+                                                 return !lanes_.arriving(slab) && !lanes_.failed(slab);
+                                             }),
+                              unverified_.end());
         }
         check_mapping();
-    } catch (const std::exception& error) {
-        failure = error.what();
+    } catch (const SystemError& error) {
+        give_up(error.what());
     }
-    if (!failure.empty()) {
-        release();
-        for (const auto& [entry, part] : added) {
-            try {
-                drop(entry, 1U << part);
-            } catch (const SystemError&) {
-                // Its pages could not be given back, but it no longer counts as resident: the first failure is the
-                // news.
+}
+
+// Whatever may not be what the file says leaves, and the caller gets to know.
+void ExpertStore::give_up(const std::string& failure) {
+    lanes_.drain();
+    release();
+    for (const int32_t slab : std::exchange(unverified_, {})) {
+        try {
+            drop(slab / kMaxParts, 1U << slab % kMaxParts);
+        } catch (const SystemError&) {
+            // Its pages could not be given back, but it no longer counts as resident: the first failure is the news.
+        }
+    }
+    spares_.shrink(arena_bytes_ - resident_bytes_);
+    throw SystemError(failure);
+}
+
+// Nobody has asked for these yet: they may be asked for again.
+void ExpertStore::drop_failed() {
+    const auto failed = std::stable_partition(unverified_.begin(), unverified_.end(), [this](int32_t slab) {
+        return lanes_.arriving(slab) || !lanes_.failed(slab);
+    });
+    for (auto slab = failed; slab != unverified_.end(); ++slab) {
+        drop(*slab / kMaxParts, 1U << *slab % kMaxParts);
+    }
+    unverified_.erase(failed, unverified_.end());
+    spares_.shrink(arena_bytes_ - resident_bytes_);
+}
+
+void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
+    if (all_fit_ || lanes_.size() == 1) {
+        return;
+    }
+    check_request(layer, (1U << n_parts(layer)) - 1, experts);
+    drop_failed();
+    const Layer& in = layers_[layer];
+    for (const int32_t expert : experts) {
+        const int32_t entry = in.first_entry + expert;
+        if (!std::exchange(entries_[entry].expected, true)) {
+            expected_.push_back(entry);
+        }
+    }
+    order_->seek(serving_);
+    bool room = true;
+    for (auto expert = experts.begin(); expert != experts.end() && room; ++expert) {
+        const int32_t entry = in.first_entry + *expert;
+        jobs_.clear();
+        for (const int id : in.tensors) {
+            const Tensor& tensor = tensors_[id];
+            if ((entries_[entry].resident >> tensor.part & 1) != 0 || !(room = room && make_room(tensor, *expert))) {
+                continue;
+            }
+            if (entries_[entry].resident == 0) {
+                order_->admit(entry);
+                entries_[entry].unused = true;
+            }
+            add(entry, tensor.part);
+            expected_bytes_ += tensor.slab_bytes;
+        }
+        spares_.shrink(arena_bytes_ - resident_bytes_);
+        // One by one: what is not submitted does not count as arriving, and the next one would rely on its pages.
+        lanes_.submit(jobs_, Urgency::speculative);
+    }
+    peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
+}
+
+// The layer's router has spoken: what it did not choose need not come any more.
+void ExpertStore::settle_expectations(int layer) {
+    const auto its = std::stable_partition(expected_.begin(), expected_.end(),
+                                           [&](int32_t entry) { return entries_[entry].layer != layer; });
+    for (auto entry = its; entry != expected_.end(); ++entry) {
+        entries_[*entry].expected = false;
+        if (entries_[*entry].pinned == 0 && entries_[*entry].unused) {
+            take_back(*entry);
+        }
+    }
+    expected_.erase(its, expected_.end());
+    spares_.shrink(arena_bytes_ - resident_bytes_);
+}
+
+// What is asked for needs their room. True if there were any.
+bool ExpertStore::abandon_expectations() {
+    std::vector<int32_t> arriving;
+    for (const int32_t entry : expected_) {
+        entries_[entry].expected = false;
+        if (entries_[entry].pinned == 0 && entries_[entry].unused) {
+            take_back(entry);
+        }
+        for (int part = 0; part < kMaxParts; ++part) {
+            if (lanes_.arriving(slab_of(entry, part))) {
+                arriving.push_back(slab_of(entry, part));
             }
         }
-        throw SystemError(failure);
     }
+    const bool any = !std::exchange(expected_, {}).empty();
+    order_->seek(serving_);
+    try {
+        lanes_.wait(arriving);
+    } catch (const SystemError&) {
+        drop_failed();  // nobody asked for them
+    }
+    return any;
+}
+
+// Drops those of an entry's slabs whose reading has not begun.
+void ExpertStore::take_back(int32_t entry) {
+    uint32_t parts = 0;
+    for (int part = 0; part < kMaxParts; ++part) {
+        const int32_t slab = slab_of(entry, part);
+        if ((entries_[entry].resident >> part & 1) != 0 && lanes_.arriving(slab) && lanes_.cancel(slab)) {
+            parts |= 1U << part;
+            expected_bytes_ -= tensors_[layers_[entries_[entry].layer].tensors[part]].slab_bytes;
+            unverified_.erase(std::remove(unverified_.begin(), unverified_.end(), slab), unverified_.end());
+        }
+    }
+    const bool unused = std::exchange(entries_[entry].unused, false);  // what was not read is not wasted
+    drop(entry, parts);
+    entries_[entry].unused = unused && entries_[entry].resident != 0;
 }
 
 // Counts a slab as resident and plans the reading of what it lacks.
@@ -343,50 +525,67 @@ void ExpertStore::add(int32_t entry, int part) {
     resident_bytes_ += missing.bytes();
     entries_[entry].resident |= static_cast<uint8_t>(1U << part);
     ++layer.resident_slabs;
-    plan_read(tensor, expert, missing);
+    unverified_.push_back(slab_of(entry, part));
+    if (const Pages own = own_pages(tensor, expert); own.bytes() > 0) {
+        spares_.take(as_pointer<std::byte>(own.first), own.bytes());
+    }
+    const int32_t slab = slab_of(entry, part);
+    lanes_.forget(slab);
+    plan_read(slab, tensor, expert, missing, unread_pages(tensor, expert));
 }
 
-// Pages that a resident neighbour holds are not read again: no two jobs write to the same page.
-void ExpertStore::plan_read(const Tensor& tensor, int expert, Pages missing) {
+void ExpertStore::plan_read(int32_t slab, const Tensor& tensor, int expert, Pages missing, Pages unread) {
     const MappedFile& file = *files_[tensor.spec.file];
     uint64_t begin = tensor.spec.offset + static_cast<uint64_t>(expert) * tensor.slab_bytes;
     uint64_t n_bytes = tensor.slab_bytes;
     std::byte* to = tensor.data + static_cast<uint64_t>(expert) * tensor.slab_bytes;
-    if (io_ != Io::pread) {
-        begin = file_offset(tensor, missing.first);
-        n_bytes = missing.bytes();
-        to = as_pointer<std::byte>(missing.first);
-    }
-    if (io_ == Io::mmap && n_bytes > 0) {
+    if (io_ == Io::mmap && missing.bytes() > 0) {
         // Resident slabs only: around a fault the kernel maps whatever else of the mapping is in its page cache.
-        file.map_over(to, begin, n_bytes);
+        file.map_over(as_pointer<std::byte>(missing.first), file_offset(tensor, missing.first), missing.bytes());
+    }
+    if (io_ != Io::pread) {
+        begin = file_offset(tensor, unread.first);
+        n_bytes = unread.bytes();
+        to = as_pointer<std::byte>(unread.first);
     }
     for (uint64_t at = 0; at < n_bytes; at += kReadPiece) {
         const uint64_t n = std::min<uint64_t>(kReadPiece, n_bytes - at);
         // All of a page that the file has, since a neighbour may rely on the rest of it.
-        jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_});
+        jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_, slab});
     }
 }
 
-void ExpertStore::make_room(const Tensor& tensor, int expert) {
-    int32_t victim = order_.first_victim();
+// False: nothing that may leave is left.
+bool ExpertStore::make_room(const Tensor& tensor, int expert) {
     // Asked again after each eviction: dropping a neighbour can leave a shared page to this slab.
     while (resident_bytes_ + exclusive_pages(tensor, expert).bytes() > arena_bytes_) {
-        if (victim == LeastRecentlyUsed::kNone) {
-            throw SystemError("the selected experts of one layer need more than the arena of " +
-                              std::to_string(arena_bytes_) + " bytes; raise --ram or lower --ubatch");
+        const int32_t victim = order_->next_victim();
+        if (victim == Eviction::kNone) {
+            return false;
         }
-        const int32_t next = order_.next_victim(victim);
-        const uint32_t parts = entries_[victim].resident & static_cast<uint32_t>(~entries_[victim].pinned);
+        const uint32_t parts = removable_parts(victim);
         if (parts != 0) {
             evictions_ += static_cast<uint64_t>(__builtin_popcount(parts));
             drop(victim, parts);
         }
-        victim = next;
     }
+    return true;
+}
+
+// What is being read cannot leave.
+uint32_t ExpertStore::removable_parts(int32_t entry) const {
+    const Entry& of = entries_[entry];
+    uint32_t parts = of.expected ? 0 : of.resident & static_cast<uint32_t>(~of.pinned);
+    for (int part = 0; part < kMaxParts; ++part) {
+        if ((parts >> part & 1) != 0 && lanes_.arriving(slab_of(entry, part))) {
+            parts &= ~(1U << part);
+        }
+    }
+    return parts;
 }
 
 void ExpertStore::drop(int32_t entry, uint32_t parts) {
+    parts &= entries_[entry].resident;
     Layer& layer = layers_[entries_[entry].layer];
     const int expert = entry - layer.first_entry;
     for (size_t part = 0; part < layer.tensors.size(); ++part) {
@@ -394,12 +593,14 @@ void ExpertStore::drop(int32_t entry, uint32_t parts) {
             const Tensor& tensor = tensors_[layer.tensors[part]];
             entries_[entry].resident &= static_cast<uint8_t>(~(1U << part));
             --layer.resident_slabs;
+            wasted_bytes_ += entries_[entry].unused ? tensor.slab_bytes : 0;
             drop_pages(tensor, expert);
         }
     }
     // A pinned entry is about to get other parts: it has to stay a victim for later.
     if (entries_[entry].resident == 0 && entries_[entry].pinned == 0) {
-        order_.remove(entry);
+        order_->remove(entry);
+        entries_[entry].unused = false;
     }
 }
 
@@ -414,9 +615,22 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
         const MappedFile& file = *files_[tensor.spec.file];
         reserve_over(base, pages.bytes());
         file.forget(file_offset(tensor, pages.first), pages.bytes());
-    } else {
-        discard(base, pages.bytes());
+        return;
     }
+    const Pages own = own_pages(tensor, expert);
+    if (!tuning_.recycle || own.bytes() == 0) {
+        discard(base, pages.bytes());
+        return;
+    }
+    discard(base, own.first - pages.first);
+    spares_.give(as_pointer<std::byte>(own.first), own.bytes());
+    discard(as_pointer<std::byte>(own.last), pages.last - own.last);
+}
+
+// Those that lie wholly within a slab.
+ExpertStore::Pages ExpertStore::own_pages(const Tensor& tensor, int expert) const {
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.data) + static_cast<uintptr_t>(expert) * tensor.slab_bytes;
+    return {page_ceil(begin), page_floor(begin + tensor.slab_bytes)};
 }
 
 uint64_t ExpertStore::file_offset(const Tensor& tensor, uintptr_t page) const {
@@ -436,7 +650,21 @@ void ExpertStore::check_mapping() const {
 }
 
 StoreStats ExpertStore::stats() const {
-    return {hits_, misses_, evictions_, bytes_read_, dense_bytes_, resident_bytes_, peak_bytes_, read_ns_};
+    StoreStats stats;
+    stats.hits = hits_;
+    stats.misses = misses_;
+    stats.expected_hits = expected_hits_;
+    stats.evictions = evictions_;
+    stats.bytes_read = lanes_.bytes_read() - dense_read_;
+    stats.dense_bytes = dense_bytes_;
+    stats.resident_bytes = resident_bytes_;
+    stats.peak_bytes = peak_bytes_;
+    stats.read_ns = read_ns_;
+    stats.busy_ns = lanes_.busy_ns();
+    stats.expected_bytes = expected_bytes_;
+    stats.wasted_bytes = wasted_bytes_;
+    stats.retries = lanes_.n_retries();
+    return stats;
 }
 
 }  // namespace edgemoe

@@ -7,12 +7,14 @@
 //
 // Contract
 // - A place is congruent to the tensor's file offset modulo the page size, so file pages land on memory pages and no
-//   byte is copied. Neighbouring slabs may share a boundary page: it is read with the first of them, never written
-//   while one of them is resident (pread writes only its own slab's bytes), and goes back to the system with the last.
-// - After `acquire` returns, the bytes of the asked slabs are in place and stay there until the next `acquire` or
-//   `release`. It throws SystemError when they cannot be had; nothing half-read counts as resident afterwards.
+//   byte is copied. Neighbouring slabs may share a boundary page: it is read with the first of them (or with both, while
+//   both are on their way: the same bytes), and goes back to the system with the last.
+// - `request` has the asked slabs read, `wait` returns once those of some parts are in place; they stay there until the
+//   next `request` or `release`. `acquire` is both. They throw SystemError when the slabs cannot be had; nothing
+//   half-read counts as resident afterwards.
+// - `expect` has slabs read that are likely to be asked for next, after all that is asked for.
 // - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met.
-// - One thread calls acquire/release at a time. `stats` may be read from any thread at any time.
+// - One thread calls all of these at a time. `stats` may be read from any thread at any time.
 // - Direct, mmap and pread give identical bytes; they differ in speed and in what the page cache sees.
 // - The destructor joins all threads. The memory itself belongs to the buffer that placed the tensors.
 #pragma once
@@ -21,13 +23,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "eviction.h"
 #include "mapped_file.h"
 #include "read_lanes.h"
+#include "spare_pages.h"
 
 namespace edgemoe {
 
@@ -43,19 +45,32 @@ struct TensorSpec {
 };
 
 struct StoreStats {
-    uint64_t hits = 0;            // slabs asked for and already resident
+    uint64_t hits = 0;            // slabs asked for that were in memory or on their way
     uint64_t misses = 0;          // slabs that had to be read
+    uint64_t expected_hits = 0;   // those of the hits that are there because they were expected
     uint64_t evictions = 0;       // slabs dropped for others
     uint64_t bytes_read = 0;      // expert bytes that arrived from disk (whole pages in direct and mmap mode)
     uint64_t dense_bytes = 0;     // bytes of the other tensors read so far
     uint64_t resident_bytes = 0;  // pages held by resident slabs
     uint64_t peak_bytes = 0;      // their maximum so far
-    uint64_t read_ns = 0;         // wall time that acquire spent waiting for the disk
+    uint64_t read_ns = 0;         // wall time spent waiting for the disk
+    uint64_t busy_ns = 0;         // wall time in which at least one read was under way
+    uint64_t expected_bytes = 0;  // read because they were expected
+    uint64_t wasted_bytes = 0;    // those of them that left without ever having been used
+    uint64_t retries = 0;         // reads that failed and were repeated
+};
+
+// What is done beyond reading on demand; `plain` is the control that measurements compare with.
+struct Tuning {
+    bool recycle = true;     // memory of slabs that leave is given to those that come (SparePages)
+    bool overlap = true;     // a layer computes while its later parts are still arriving
+    bool look_ahead = true;  // the next layer's experts are read while this one computes
+    bool forecast = true;    // who leaves is whoever is least likely to be used soon, not least recently used
 };
 
 class ExpertStore {
    public:
-    ExpertStore(Io io, int n_lanes, uint64_t arena_bytes);
+    ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning = {});
     ~ExpertStore();
 
     // -------- describe the model, before anything is placed
@@ -77,23 +92,39 @@ class ExpertStore {
     // -------- serve
     int n_parts(int layer) const;
     int n_expert(int layer) const;  // throws SystemError where there are none
+    int last_layer() const { return static_cast<int>(layers_.size()) - 1; }  // of those with experts
     int part_of(int id) const { return tensors_[id].part; }
     // Every expert of the layer is resident and none will ever have to leave: the layer needs no `acquire` any more.
     bool settled(int layer) const {
         return all_fit_ && layers_[layer].resident_slabs == layers_[layer].n_expert * n_parts(layer);
     }
+    bool resident(int layer, int32_t expert) const {
+        return entries_[layers_[layer].first_entry + expert].resident == (1U << n_parts(layer)) - 1;
+    }
+    // So many tokens pass the layer and chose these, each as often as it was chosen; before they are asked for.
+    void routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts);
     bool fits(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
-    void acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) { bring(layer, parts, experts, true); }
+    void request(int layer, uint32_t parts, const std::vector<int32_t>& experts) { bring(layer, parts, experts, true); }
+    void wait(uint32_t parts);  // of the last request
+    void acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
+        request(layer, parts, experts);
+        wait(parts);
+    }
+    uint32_t arriving_parts() const;  // those of the last request that `wait` might have to wait for
     void release();
-    // Ahead of any use: all parts of these experts, as if they were used now. Not counted as hits or misses.
+    // Likely to be asked for next, likeliest first. Only as many as have room beside what is in use; those that are
+    // there stay until their layer is asked for. A guess that was wrong is no use: it leaves as if it had never come.
+    void expect(int layer, const std::vector<int32_t>& experts);
+    // Ahead of any use: all parts of these experts. Not counted as hits or misses.
     void warm(int layer, const std::vector<int32_t>& experts);
-    // These experts of the layer, and no others of it, leave after all that are not preferred.
+    // These experts of the layer, and no others of it, are likely to be used: an active task's.
     void prefer(int layer, const std::vector<int32_t>& experts);
     void count_hits(uint64_t slabs) { hits_ += slabs; }
 
     StoreStats stats() const;
     uint64_t arena_bytes() const { return arena_bytes_; }
     Io io() const { return io_; }
+    const Tuning& tuning() const { return tuning_; }
     int n_lanes() const { return lanes_.size(); }
     // In mmap mode, where resident experts are the file's own pages: throws if the file has changed or a page vanished.
     void check_mapping() const;
@@ -107,14 +138,17 @@ class ExpertStore {
     };
     struct Layer {
         int n_expert = 0;
+        int number = -1;  // among those with experts
         int32_t first_entry = 0;
         int32_t resident_slabs = 0;
         std::vector<int> tensors;  // by part
     };
     struct Entry {
         int32_t layer = 0;
-        uint8_t resident = 0;  // bit per part
+        uint8_t resident = 0;  // bit per part, from when it is asked of the disk
         uint8_t pinned = 0;
+        bool expected = false;  // its layer has not been asked for since
+        bool unused = false;    // it came because it was expected, and has not been asked for yet
     };
     struct Pages {
         uintptr_t first, last;  // addresses, last exclusive
@@ -122,33 +156,49 @@ class ExpertStore {
     };
 
     Pages pages_of(const Tensor& tensor, int expert) const;
+    template <typename Holds>
+    Pages pages_without(const Tensor& tensor, int expert, const Holds& hold) const;
     Pages exclusive_pages(const Tensor& tensor, int expert) const;
+    Pages unread_pages(const Tensor& tensor, int expert) const;
     bool is_resident(const Tensor& tensor, int expert) const;
-    void make_room(const Tensor& tensor, int expert);
+    bool make_room(const Tensor& tensor, int expert);  // after `order_->seek`
+    uint32_t removable_parts(int32_t entry) const;
+    void settle_expectations(int layer);
+    bool abandon_expectations();
+    void take_back(int32_t entry);
+    void drop_failed();
+    [[noreturn]] void give_up(const std::string& failure);
     void drop(int32_t entry, uint32_t parts);
     void drop_pages(const Tensor& tensor, int expert);
     uint64_t file_offset(const Tensor& tensor, uintptr_t page) const;
     void bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted);
     void check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
-    void check_files(const Layer& layer) const;
+    void check_files() const;
     void add(int32_t entry, int part);
-    void plan_read(const Tensor& tensor, int expert, Pages missing);
+    void plan_read(int32_t slab, const Tensor& tensor, int expert, Pages missing, Pages unread);
+    Pages own_pages(const Tensor& tensor, int expert) const;
+    static int32_t slab_of(int32_t entry, int part) { return entry * kMaxParts + part; }
     void number_entries();
 
     const Io io_;
     const uint64_t arena_bytes_;
+    const Tuning tuning_;
     std::vector<std::unique_ptr<MappedFile>> files_;
     std::vector<Tensor> tensors_;
     std::vector<Layer> layers_;
     std::vector<Entry> entries_;
     std::vector<int32_t> pinned_;
+    std::vector<int32_t> expected_;
+    std::vector<int32_t> unverified_;  // slabs added since the files were last seen to be unchanged
     std::vector<ReadJob> jobs_;
-    LeastRecentlyUsed order_;
+    std::unique_ptr<Eviction> order_;
+    int serving_ = 0;  // number of the layer that was asked for last
+    SparePages spares_;
     BusErrorGuard guard_;
     ReadLanes lanes_;
 
-    std::atomic<uint64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_read_{0}, dense_bytes_{0};
-    std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0};
+    std::atomic<uint64_t> hits_{0}, misses_{0}, expected_hits_{0}, evictions_{0}, dense_bytes_{0};
+    std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0}, expected_bytes_{0}, wasted_bytes_{0}, dense_read_{0};
     uint64_t placed_bytes_ = 0;  // pages of all placed expert tensors
     bool all_fit_ = true;        // placed_bytes_ is within the arena
 };

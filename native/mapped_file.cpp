@@ -14,6 +14,7 @@
 
 #include <cerrno>
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <iterator>
 #include <mutex>
@@ -200,12 +201,37 @@ void use_small_pages(std::byte* base, size_t n) {
 }
 
 void discard(std::byte* base, size_t n) {
+    if (n == 0) {
+        return;
+    }
 #if defined(__APPLE__)
     // MADV_DONTNEED is only a hint there; mapping fresh pages over the range really gives the old ones back.
     reserve_over(base, n);
 #else
     ::madvise(base, n, MADV_DONTNEED);
 #endif
+}
+
+bool move_pages(std::byte* from, std::byte* to, size_t n) {
+#if defined(MREMAP_DONTUNMAP)
+    return ::mremap(from, n, n, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) != MAP_FAILED;
+#else
+    static_cast<void>(from);
+    static_cast<void>(to);
+    static_cast<void>(n);
+    return false;
+#endif
+}
+
+size_t most_memory_areas() {
+    size_t n = 65530;  // Linux's default
+    if (std::FILE* file = std::fopen("/proc/sys/vm/max_map_count", "r")) {
+        if (std::fscanf(file, "%zu", &n) != 1) {
+            n = 65530;
+        }
+        std::fclose(file);
+    }
+    return n;
 }
 
 void populate(std::byte* base, size_t n, const std::string& path) {

@@ -74,6 +74,13 @@ void use_small_pages(std::byte* base, size_t n);
 // Gives the anonymous pages of [base, base + n) back; whole pages only. They read as zero afterwards.
 void discard(std::byte* base, size_t n);
 
+// Moves the anonymous pages of [from, from + n) to `to`; both places are reserved memory, and `from` reads as zero
+// afterwards. False, with nothing changed, where the system cannot.
+bool move_pages(std::byte* from, std::byte* to, size_t n);
+
+// How many separate areas of memory the system lets a process have.
+size_t most_memory_areas();
+
 // Brings in the pages of a file mapping, in large reads. Throws where the file has become shorter.
 void populate(std::byte* base, size_t n, const std::string& path);
 

@@ -12,6 +12,7 @@
 
 #include "expert_buffer.h"
 #include "expert_store.h"
+#include "forced_routes.h"
 #include "ggml_abi.h"
 #include "router_hook.h"
 
@@ -57,6 +58,12 @@ nb::ndarray<nb::numpy, Number> as_array(std::vector<Number> numbers, int64_t n_c
     return nb::ndarray<nb::numpy, Number>(owned->data(), {columns > 0 ? owned->size() / columns : 0, columns}, owner);
 }
 
+using Ids = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // [n_tokens, n_layer, n_used]
+
+std::vector<int32_t> as_vector(const Ids& ids) { return {ids.data(), ids.data() + ids.size()}; }
+
+int64_t n_used(const Ids& ids) { return static_cast<int64_t>(ids.shape(2)); }
+
 edgemoe::Io parse_io(const std::string& io) {
     if (io == "direct") {
         return edgemoe::Io::direct;
@@ -72,7 +79,8 @@ edgemoe::Io parse_io(const std::string& io) {
 
 // What one loaded model needs, in the order in which it must be taken down.
 struct Session {
-    Session(const std::string& io, int n_lanes, uint64_t arena_bytes) : store(parse_io(io), n_lanes, arena_bytes) {}
+    Session(const std::string& io, int n_lanes, uint64_t arena_bytes, edgemoe::Tuning tuning)
+        : store(parse_io(io), n_lanes, arena_bytes, tuning) {}
 
     void attach(const Symbols& symbols) {
         api = make_api(symbols);
@@ -106,10 +114,22 @@ NB_MODULE(_native, m) {
         .def_ro("dense_bytes", &edgemoe::StoreStats::dense_bytes)
         .def_ro("resident_bytes", &edgemoe::StoreStats::resident_bytes)
         .def_ro("peak_bytes", &edgemoe::StoreStats::peak_bytes)
-        .def_ro("read_ns", &edgemoe::StoreStats::read_ns);
+        .def_ro("expected_hits", &edgemoe::StoreStats::expected_hits)
+        .def_ro("read_ns", &edgemoe::StoreStats::read_ns)
+        .def_ro("busy_ns", &edgemoe::StoreStats::busy_ns)
+        .def_ro("expected_bytes", &edgemoe::StoreStats::expected_bytes)
+        .def_ro("wasted_bytes", &edgemoe::StoreStats::wasted_bytes)
+        .def_ro("retries", &edgemoe::StoreStats::retries);
 
     nb::class_<Session>(m, "Session")
-        .def(nb::init<const std::string&, int, uint64_t>(), "io"_a, "n_lanes"_a, "arena_bytes"_a)
+        .def(
+            "__init__",
+            [](Session* self, const std::string& io, int n_lanes, uint64_t arena_bytes, bool recycle, bool overlap,
+               bool look_ahead, bool forecast) {
+                new (self) Session(io, n_lanes, arena_bytes, {recycle, overlap, look_ahead, forecast});
+            },
+            "io"_a, "n_lanes"_a, "arena_bytes"_a, "recycle"_a = true, "overlap"_a = true, "look_ahead"_a = true,
+            "forecast"_a = true)
         .def(
             "add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)
         .def(
@@ -146,6 +166,18 @@ NB_MODULE(_native, m) {
             [](Session& s, int layer, const std::vector<int32_t>& experts) { s.store.prefer(layer, experts); },
             "layer"_a, "experts"_a)
         .def(
+            "force_routes",
+            [](Session& s, std::vector<int> layers, const Ids& ids) {
+                for (const int layer : layers) {
+                    static_cast<void>(s.store.n_expert(layer));  // throws
+                }
+                s.hook->routes().set(std::move(layers), as_vector(ids), n_used(ids));
+            },
+            "layers"_a, "ids"_a)
+        .def(
+            "force_predictions", [](Session& s, const Ids& ids) { s.hook->routes().set_predictions(as_vector(ids)); },
+            "ids"_a)
+        .def(
             "watch_routers",
             [](Session& s, const std::vector<int>& layers, bool outputs) { s.hook->watch(layers, outputs); },
             "layers"_a, "outputs"_a = false)
@@ -163,6 +195,20 @@ NB_MODULE(_native, m) {
             "layer"_a)
         .def("staged_layers", [](Session& s) { return s.hook ? s.hook->staged_layers() : 0; })
         .def("stats", [](Session& s) { return s.store.stats(); });
+
+    // Forces what a plain llama.cpp context routes to.
+    nb::class_<edgemoe::RouteForcer>(m, "RouteForcer")
+        .def(nb::init<>())
+        .def(
+            "force",
+            [](edgemoe::RouteForcer& f, std::vector<int> layers, const Ids& ids) {
+                f.force(std::move(layers), as_vector(ids), n_used(ids));
+            },
+            "layers"_a, "ids"_a)
+        .def("eval_callback",
+             [](edgemoe::RouteForcer&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouteForcer::on_node); })
+        .def("callback_data", [](edgemoe::RouteForcer& f) { return reinterpret_cast<uintptr_t>(&f); })
+        .def("failure", &edgemoe::RouteForcer::failure);
 
     m.def(
         "probe_direct",

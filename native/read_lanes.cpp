@@ -1,15 +1,24 @@
 #include "read_lanes.h"
 
+#include <algorithm>
+#include <chrono>
 #include <system_error>
 
 namespace edgemoe {
 
 namespace {
 
+constexpr int kTries = 3;  // the last by a buffered read, which asks the disk in another way
+
 void read_one(const ReadJob& job) {
     switch (job.io) {
         case Io::direct:
-            job.file->read_direct(job.offset, job.to, job.n, job.needed);
+            if (job.n_tries + 1 < kTries) {
+                job.file->read_direct(job.offset, job.to, job.n, job.needed);
+                return;
+            }
+            job.file->read(job.offset, job.to, job.needed);
+            job.file->forget(job.offset, job.needed);
             return;
         case Io::mmap:
             populate(job.to, job.n, job.file->path());
@@ -23,6 +32,12 @@ void read_one(const ReadJob& job) {
 }
 
 }  // namespace
+
+uint64_t now_ns() {
+    return static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+            .count());
+}
 
 ReadLanes::ReadLanes(int n_lanes) {
     for (int i = 1; i < n_lanes; ++i) {
@@ -45,58 +60,177 @@ ReadLanes::~ReadLanes() {
     }
 }
 
+void ReadLanes::resize(int32_t n_slabs) { slabs_ = std::vector<Slab>(static_cast<size_t>(std::max(n_slabs, 1))); }
+
 void ReadLanes::lane() {
     std::unique_lock<std::mutex> lock(mutex_);
+    ReadJob job{};
     while (true) {
-        work_ready_.wait(lock, [this] { return stopping_ || (jobs_ != nullptr && next_ < jobs_->size()); });
+        work_ready_.wait(lock, [&] { return stopping_ || take(job, false); });
         if (stopping_) {
             return;
         }
-        work(lock);
+        work_on(job, lock);
     }
 }
 
-void ReadLanes::work(std::unique_lock<std::mutex>& lock) {
-    ++busy_;
-    while (jobs_ != nullptr && next_ < jobs_->size()) {
-        const ReadJob& job = (*jobs_)[next_++];
-        lock.unlock();
-        std::string failure;
-        try {
-            read_one(job);
-        } catch (const std::exception& error) {
-            failure = error.what();
-        }
-        lock.lock();
-        if (!failure.empty()) {
-            next_ = jobs_->size();  // nobody starts another one
-            if (failure_.empty()) {
-                failure_ = failure;
-            }
+// Half of the lanes at most read what nobody waits for: a demand finds the disk's queue short.
+bool ReadLanes::take(ReadJob& job, bool demanded_only) {
+    const bool urgent = !demanded_.empty();
+    if (!urgent && (demanded_only || speculative_.empty() || n_speculating_ >= std::max(1, size() / 2))) {
+        return false;
+    }
+    std::deque<ReadJob>& queue = urgent ? demanded_ : speculative_;
+    job = queue.front();
+    queue.pop_front();
+    n_speculating_ += urgent ? 0 : 1;
+    if (n_busy_++ == 0) {
+        busy_since_ns_ = now_ns();
+    }
+    job.speculative = !urgent;
+    return true;
+}
+
+void ReadLanes::work_on(ReadJob job, std::unique_lock<std::mutex>& lock) {
+    lock.unlock();
+    std::string failure;
+    try {
+        read_one(job);
+    } catch (const std::exception& error) {
+        failure = error.what();
+    }
+    lock.lock();
+    if (--n_busy_ == 0) {
+        busy_ns_ += now_ns() - busy_since_ns_;
+    }
+    if (job.speculative) {
+        --n_speculating_;
+        if (!speculative_.empty()) {
+            work_ready_.notify_one();
         }
     }
-    if (--busy_ == 0) {
+    if (failure.empty()) {
+        bytes_read_ += job.n;
+        finish(job.slab);
+    } else if (++job.n_tries < kTries && !draining_ && !failed(job.slab)) {
+        ++n_retries_;
+        (job.speculative ? speculative_ : demanded_).push_front(job);
+        work_ready_.notify_one();
+        work_done_.notify_all();  // who waits reads along
+    } else {
+        failure_ = failure;
+        give_up(job.slab);
+        finish(job.slab);
+    }
+    if (draining_ && n_busy_ == 0) {
         work_done_.notify_all();
     }
 }
 
-void ReadLanes::run(const std::vector<ReadJob>& jobs) {
+void ReadLanes::finish(int32_t slab) {
+    if (slabs_[slab].n_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        work_done_.notify_all();
+    }
+}
+
+// What is left of a slab that cannot be had is not read.
+void ReadLanes::give_up(int32_t slab) {
+    slabs_[slab].failed.store(true, std::memory_order_release);
+    for (std::deque<ReadJob>* queue : {&demanded_, &speculative_}) {
+        const auto its =
+            std::stable_partition(queue->begin(), queue->end(), [&](const ReadJob& job) { return job.slab != slab; });
+        for (auto job = its; job != queue->end(); ++job) {
+            finish(slab);
+        }
+        queue->erase(its, queue->end());
+    }
+}
+
+void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
     if (jobs.empty()) {
         return;
     }
-    std::unique_lock<std::mutex> lock(mutex_);
-    jobs_ = &jobs;
-    next_ = 0;
-    failure_.clear();
-    if (jobs.size() > 1) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::deque<ReadJob>& queue = urgency == Urgency::demanded ? demanded_ : speculative_;
+    for (const ReadJob& job : jobs) {
+        Slab& slab = slabs_[job.slab];
+        if (slab.n_left.load(std::memory_order_relaxed) == 0) {
+            slab.failed.store(false, std::memory_order_relaxed);
+            slab.n_jobs = 0;
+        }
+        ++slab.n_jobs;
+        slab.n_left.fetch_add(1, std::memory_order_relaxed);
+        queue.push_back(job);
+    }
+    work_ready_.notify_all();
+}
+
+void ReadLanes::hasten(int32_t slab) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto others = std::stable_partition(speculative_.begin(), speculative_.end(),
+                                              [&](const ReadJob& job) { return job.slab != slab; });
+    if (others != speculative_.end()) {
+        demanded_.insert(demanded_.end(), others, speculative_.end());
+        speculative_.erase(others, speculative_.end());
         work_ready_.notify_all();
     }
-    work(lock);
-    work_done_.wait(lock, [this] { return busy_ == 0; });
-    jobs_ = nullptr;
-    if (!failure_.empty()) {
+}
+
+bool ReadLanes::cancel(int32_t slab) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto is_its = [&](const ReadJob& job) { return job.slab == slab && job.n_tries == 0; };
+    if (std::count_if(speculative_.begin(), speculative_.end(), is_its) != slabs_[slab].n_jobs) {
+        return false;
+    }
+    speculative_.erase(std::remove_if(speculative_.begin(), speculative_.end(), is_its), speculative_.end());
+    slabs_[slab].n_left.store(0, std::memory_order_release);
+    return true;
+}
+
+bool ReadLanes::any_arriving(const std::vector<int32_t>& slabs) const {
+    return std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return arriving(slab); });
+}
+
+void ReadLanes::wait(const std::vector<int32_t>& slabs) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ReadJob job{};
+    while (any_arriving(slabs)) {
+        if (take(job, true)) {
+            work_on(job, lock);
+        } else {
+            work_done_.wait(lock, [&] { return !demanded_.empty() || !any_arriving(slabs); });
+        }
+    }
+    if (std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return failed(slab); })) {
         throw SystemError(failure_);
     }
+}
+
+void ReadLanes::drain() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    draining_ = true;
+    for (std::deque<ReadJob>* queue : {&demanded_, &speculative_}) {
+        while (!queue->empty()) {
+            give_up(queue->front().slab);
+        }
+    }
+    work_done_.wait(lock, [this] { return n_busy_ == 0; });
+    draining_ = false;
+}
+
+void ReadLanes::run(const std::vector<ReadJob>& jobs) {
+    submit(jobs, Urgency::demanded);
+    try {
+        wait({0});
+    } catch (const SystemError&) {
+        drain();  // nobody writes any more when the caller learns of it
+        throw;
+    }
+}
+
+uint64_t ReadLanes::busy_ns() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return busy_ns_ + (n_busy_ > 0 ? now_ns() - busy_since_ns_ : 0);
 }
 
 }  // namespace edgemoe

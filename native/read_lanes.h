@@ -1,9 +1,15 @@
-// A few threads that read in parallel. They sleep on a condition variable when idle and are joined by the destructor.
+// A few threads that read in parallel, in two queues: what somebody waits for comes before what may be needed soon.
+// They sleep on a condition variable when idle and are joined by the destructor.
+//
+// Jobs belong to a *slab*, a number below that given to `resize`. A slab is arriving while one of its jobs is queued or
+// under way. A job that fails is tried again, at last by a buffered read; only then has its slab failed.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -23,7 +29,12 @@ struct ReadJob {
     size_t n;
     size_t needed;
     Io io;
+    int32_t slab = 0;
+    int n_tries = 0;
+    bool speculative = false;  // taken from the queue of those
 };
+
+enum class Urgency { demanded, speculative };
 
 class ReadLanes {
    public:
@@ -32,24 +43,56 @@ class ReadLanes {
     ReadLanes(const ReadLanes&) = delete;
     ReadLanes& operator=(const ReadLanes&) = delete;
 
-    // Does all jobs and returns; the caller's thread is one of the lanes. Throws the first failure once every lane has
-    // stopped touching memory. One caller at a time.
+    void resize(int32_t n_slabs);  // while nothing is arriving
+
+    // The rest is for one caller's thread at a time, but for the counters at the end.
+    void submit(const std::vector<ReadJob>& jobs, Urgency urgency);
+    bool arriving(int32_t slab) const { return slabs_[slab].n_left.load(std::memory_order_acquire) > 0; }
+    bool failed(int32_t slab) const { return slabs_[slab].failed.load(std::memory_order_acquire); }
+    void forget(int32_t slab) { slabs_[slab].failed = false; }  // of an earlier time that it failed
+    // Its jobs that wait are demanded from now on.
+    void hasten(int32_t slab);
+    // Takes all its jobs back, if none has begun.
+    bool cancel(int32_t slab);
+    // Until none of the slabs is arriving; the caller reads along. Throws the first failure among them.
+    void wait(const std::vector<int32_t>& slabs);
+    // Nothing is read any more when it returns. Slabs whose jobs were taken back have failed.
+    void drain();
+
+    // All jobs, demanded, as slab 0; then waits for them.
     void run(const std::vector<ReadJob>& jobs);
 
     int size() const { return static_cast<int>(threads_.size()) + 1; }
+    uint64_t bytes_read() const { return bytes_read_; }
+    uint64_t busy_ns() const;  // time in which at least one read was under way
+    uint64_t n_retries() const { return n_retries_; }
 
    private:
-    void lane();
-    void work(std::unique_lock<std::mutex>& lock);
+    struct Slab {
+        std::atomic<int32_t> n_left{0};
+        std::atomic<bool> failed{false};
+        int32_t n_jobs = 0;  // submitted for what is arriving
+    };
 
-    std::mutex mutex_;
+    void lane();
+    bool take(ReadJob& job, bool demanded_only);
+    void work_on(ReadJob job, std::unique_lock<std::mutex>& lock);
+    void finish(int32_t slab);
+    void give_up(int32_t slab);
+    bool any_arriving(const std::vector<int32_t>& slabs) const;
+
+    mutable std::mutex mutex_;
     std::condition_variable work_ready_, work_done_;
     std::vector<std::thread> threads_;
-    const std::vector<ReadJob>* jobs_ = nullptr;
-    size_t next_ = 0;
-    int busy_ = 0;
-    bool stopping_ = false;
-    std::string failure_;
+    std::vector<Slab> slabs_{1};
+    std::deque<ReadJob> demanded_, speculative_;
+    int n_busy_ = 0, n_speculating_ = 0;
+    bool stopping_ = false, draining_ = false;
+    std::string failure_;  // the latest
+    uint64_t busy_since_ns_ = 0, busy_ns_ = 0;
+    std::atomic<uint64_t> bytes_read_{0}, n_retries_{0};
 };
+
+uint64_t now_ns();  // a steady clock
 
 }  // namespace edgemoe

@@ -39,6 +39,13 @@ bool RouterHook::before_node(ggml::Tensor* node) {
                 store_.acquire(layer, 1U << store_.part_of(id), ids_);
                 return true;
             }
+            if (const uint32_t part = 1U << store_.part_of(id); layer == served_layer_ && (arriving_ & part) != 0) {
+                store_.wait(part);
+                arriving_ &= ~part;
+                if (arriving_ != 0) {
+                    return true;  // computed at once, so that the disk works on the others meanwhile
+                }
+            }
             if (layer != served_layer_ && !store_.settled(layer)) {
                 fail("layer " + std::to_string(layer) + " uses experts that its router never announced; " +
                      "this architecture needs a newer edgemoe");
@@ -69,7 +76,8 @@ bool RouterHook::wants(const ggml::Tensor* node, Node is) const {
         case NodeKind::biased_probs:
             return limited;
         case NodeKind::top_k:
-            if (!limited && !trace_.watches_outputs(is.layer) && is.layer != cut_layer_ && store_.settled(is.layer)) {
+            if (!limited && !trace_.watches_outputs(is.layer) && is.layer != cut_layer_ && !routes_.forces(is.layer) &&
+                store_.settled(is.layer)) {
                 store_.count_hits(static_cast<uint64_t>(node->ne[0] * node->ne[1] * store_.n_parts(is.layer)));
                 return false;
             }
@@ -112,7 +120,7 @@ bool RouterHook::after_node(ggml::Tensor* node) {
             trace_.add_outputs(is.layer, node);
             return is.layer != cut_layer_;
         case NodeKind::top_k:
-            return select(is.layer, node) && serve(is.layer);
+            return select(is.layer, node) && serve(is.layer, node);
         default:
             break;
     }
@@ -132,6 +140,9 @@ bool RouterHook::select(int layer, ggml::Tensor* top_k) {
         }
         mask_.select_again(layer, top_k);
     }
+    if (routes_.forces(layer)) {
+        routes_.apply(layer, top_k);
+    }
     read_ids(top_k);
     if (!trace_.watches_outputs(layer)) {
         return layer != cut_layer_;
@@ -142,22 +153,43 @@ bool RouterHook::select(int layer, ggml::Tensor* top_k) {
     return true;
 }
 
-bool RouterHook::serve(int layer) {
+bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     served_layer_ = layer;
     staged_ = false;
+    arriving_ = 0;
     const int n_parts = store_.n_parts(layer);
     if (store_.settled(layer)) {
         store_.count_hits(ids_.size() * static_cast<uint64_t>(n_parts));
         return true;
     }
+    store_.routed(layer, top_k->ne[1], ids_);
+    look_ahead_.settle(layer, ids_);
     const uint32_t all_parts = (1U << n_parts) - 1;
     staged_ = !store_.fits(layer, all_parts, ids_);
     if (staged_) {
         ++staged_layers_;
-    } else {
-        store_.acquire(layer, all_parts, ids_);
+        return true;
     }
+    store_.request(layer, all_parts, ids_);
+    if (store_.tuning().look_ahead) {
+        look_ahead(layer + 1, top_k);
+    }
+    if (store_.tuning().overlap) {
+        arriving_ = store_.arriving_parts();
+    }
+    store_.wait(all_parts & ~arriving_);
     return true;
+}
+
+void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {
+    if (store_.n_parts(layer) == 0 || store_.settled(layer)) {
+        return;
+    }
+    // llama.cpp computes the last layer for the tokens alone whose logits are wanted: usually the last one.
+    const int64_t n_tokens = layer == store_.last_layer() ? 1 : top_k->ne[1];
+    const std::vector<int32_t> told = routes_.predicted(layer, n_tokens);
+    store_.expect(layer, told.empty() ? look_ahead_.guess(layer, top_k, n_tokens)
+                                      : look_ahead_.guess_from(layer, told, static_cast<size_t>(top_k->ne[0])));
 }
 
 // The ids are a strided view of the argsort: [n_expert_used, n_tokens], row stride nb[1].
@@ -187,6 +219,7 @@ void RouterHook::begin() {
     }
     stop_ = false;
     staged_ = false;
+    arriving_ = 0;
     served_layer_ = -1;
 }
 

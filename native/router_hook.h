@@ -19,8 +19,10 @@
 #include "expert_buffer.h"
 #include "expert_mask.h"
 #include "expert_store.h"
+#include "forced_routes.h"
 #include "ggml_abi.h"
 #include "graph_node.h"
+#include "look_ahead.h"
 #include "router_trace.h"
 
 namespace edgemoe {
@@ -28,7 +30,7 @@ namespace edgemoe {
 class RouterHook {
    public:
     RouterHook(ExpertStore& store, const ExpertBuffer& buffer, const ggml::Api& api)
-        : store_(store), buffer_(buffer), api_(api) {}
+        : store_(store), buffer_(buffer), api_(api), look_ahead_(store, buffer) {}
 
     static bool on_node(ggml::Tensor* node, bool ask, void* self);  // ggml_backend_sched_eval_callback
     static bool on_abort(void* self);                               // ggml_abort_callback
@@ -44,6 +46,7 @@ class RouterHook {
     void keep(int layer, const std::vector<int32_t>& experts) { mask_.keep(layer, store_.n_expert(layer), experts); }
     void watch(const std::vector<int>& layers, bool outputs);
     LayerTrace take_trace(int layer) { return trace_.take(layer); }
+    ForcedRoutes& routes() { return routes_; }
     // End each graph once this layer has been watched, before what it does not need is computed; -1: compute it all.
     void cut_after(int layer) { cut_layer_ = layer; }
 
@@ -52,7 +55,8 @@ class RouterHook {
     bool after_node(ggml::Tensor* node);
     bool wants(const ggml::Tensor* node, Node is) const;
     bool select(int layer, ggml::Tensor* top_k);
-    bool serve(int layer);
+    bool serve(int layer, const ggml::Tensor* top_k);
+    void look_ahead(int layer, const ggml::Tensor* top_k);
     void read_ids(const ggml::Tensor* ids);
     void fail(const std::string& what);
 
@@ -61,11 +65,14 @@ class RouterHook {
     const ggml::Api& api_;
     ExpertMask mask_;
     RouterTrace trace_;
+    ForcedRoutes routes_;
+    LookAhead look_ahead_;
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
     std::vector<int32_t> ids_;
     int served_layer_ = -1;  // ids_ and the pinned slabs belong to this layer
     bool staged_ = false;    // the expert tensors of served_layer_ are acquired one by one
+    uint32_t arriving_ = 0;  // parts of served_layer_ that have to be waited for before they are used
     std::atomic<bool> stop_{false};
     std::atomic<uint64_t> staged_layers_{0};
     std::mutex mutex_;

@@ -1,0 +1,153 @@
+#include "look_ahead.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <string>
+
+namespace edgemoe {
+
+namespace {
+
+constexpr double kMemory = 256;     // guesses after which an older one counts half of nothing
+constexpr double kWorthwhile = 0.5;  // a read that comes true saves waiting, a wrong one only costs the disk
+constexpr int64_t kSample = 32;     // tokens of a batch that are asked about
+constexpr int kF32 = 0;             // GGML_TYPE_F32
+constexpr int kDeepest = 12;        // nodes between a router and its selected ids
+
+std::string name_in(int layer, const char* rest) { return "blk." + std::to_string(layer) + "." + rest; }
+
+// The node that multiplies this router's weights, or null.
+const ggml::Tensor* find_router(const ggml::Tensor* node, const std::string& weights, int depth) {
+    for (; node != nullptr && depth > 0; --depth) {
+        if (node->src[0] != nullptr && weights == node->src[0]->name) {
+            return node;
+        }
+        node = node->src[0] != nullptr ? node->src[0] : node->view_src;
+    }
+    return nullptr;
+}
+
+const float* row_of(const ggml::Tensor* tensor, int64_t row) {
+    return reinterpret_cast<const float*>(static_cast<const char*>(tensor->data) +
+                                          static_cast<size_t>(row) * tensor->nb[1]);
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+    float sums[8] = {};  // separate, so that the compiler may add them at once
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int j = 0; j < 8; ++j) {
+            sums[j] += a[i + j] * b[i + j];
+        }
+    }
+    for (; i < n; ++i) {
+        sums[0] += a[i] * b[i];
+    }
+    return std::accumulate(std::begin(sums), std::end(sums), 0.0F);
+}
+
+}  // namespace
+
+std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) const {
+    const ggml::Tensor* weights = buffer_.dense(name_in(layer, "ffn_gate_inp.weight"));
+    const ggml::Tensor* router = find_router(top_k, name_in(layer - 1, "ffn_gate_inp.weight"), kDeepest);
+    if (weights == nullptr || router == nullptr || router->src[1] == nullptr || weights->type != kF32 ||
+        router->src[1]->type != kF32 || router->src[1]->ne[0] != weights->ne[0]) {
+        return {};
+    }
+    const ggml::Tensor* input = router->src[1];
+    const int64_t n_embd = weights->ne[0], n_expert = weights->ne[1], n_used = top_k->ne[0];
+    // The input is a normalized vector times this layer's norm weights; the next layer has its own.
+    const std::string before = name_in(layer - 1, "");
+    const float *norm = nullptr, *next_norm = nullptr;
+    for (const ggml::Tensor* factor : {input->src[0], input->src[1]}) {
+        if (factor != nullptr && factor->type == kF32 && factor->ne[0] == n_embd &&
+            std::strncmp(factor->name, before.c_str(), before.size()) == 0) {
+            if (const ggml::Tensor* next = buffer_.dense(name_in(layer, factor->name + before.size()))) {
+                norm = row_of(factor, 0);
+                next_norm = row_of(next, 0);
+            }
+        }
+    }
+    const ggml::Tensor* bias = buffer_.dense(name_in(layer, "ffn_gate_inp.bias"));
+    const ggml::Tensor* selection_bias = buffer_.dense(name_in(layer, "exp_probs_b.bias"));
+    std::vector<float> state(static_cast<size_t>(n_embd)), scores(static_cast<size_t>(n_expert));
+    std::vector<int32_t> order(static_cast<size_t>(n_expert)), rows;
+    const int64_t step = std::max<int64_t>(1, n_tokens / kSample);
+    for (int64_t back = 1; back <= n_tokens; back += step) {
+        const int64_t token = input->ne[1] - back;
+        const float* given = row_of(input, token);
+        for (int64_t i = 0; i < n_embd; ++i) {
+            state[i] = norm != nullptr && norm[i] != 0 ? given[i] / norm[i] * next_norm[i] : given[i];
+        }
+        for (int64_t expert = 0; expert < n_expert; ++expert) {
+            float score = dot(row_of(weights, expert), state.data(), n_embd);
+            score += bias != nullptr ? row_of(bias, 0)[expert] : 0;
+            if (selection_bias != nullptr) {
+                score = 1 / (1 + std::exp(-score)) + row_of(selection_bias, 0)[expert];
+            }
+            scores[expert] = score;
+        }
+        std::iota(order.begin(), order.end(), 0);
+        std::partial_sort(order.begin(), order.begin() + n_used, order.end(),
+                          [&](int32_t a, int32_t b) { return scores[a] > scores[b]; });
+        rows.insert(rows.end(), order.begin(), order.begin() + n_used);
+    }
+    return rows;
+}
+
+std::vector<int32_t> LookAhead::guess(int layer, const ggml::Tensor* top_k, int64_t n_tokens) {
+    return guess_from(layer, rows_of(layer, top_k, n_tokens), static_cast<size_t>(top_k->ne[0]));
+}
+
+std::vector<int32_t> LookAhead::guess_from(int layer, const std::vector<int32_t>& rows, size_t n_used) {
+    std::vector<Guess> guesses;
+    if (rows.size() <= n_used) {
+        for (size_t rank = 0; rank < rows.size(); ++rank) {
+            guesses.push_back({rows[rank], std::min(rank, kRanks - 1)});
+        }
+        return worthwhile(layer, std::move(guesses));
+    }
+    std::vector<int32_t> count(static_cast<size_t>(store_.n_expert(layer)), 0);
+    for (const int32_t expert : rows) {
+        if (count[expert]++ == 0) {
+            guesses.push_back({expert, kRanks});
+        }
+    }
+    std::stable_sort(guesses.begin(), guesses.end(),
+                     [&](const Guess& a, const Guess& b) { return count[a.expert] > count[b.expert]; });
+    return worthwhile(layer, std::move(guesses));
+}
+
+std::vector<int32_t> LookAhead::worthwhile(int layer, std::vector<Guess> guesses) {
+    guessed_layer_ = layer;
+    absent_.clear();
+    std::vector<int32_t> experts;
+    for (const Guess& guess : guesses) {
+        const bool absent = !store_.resident(layer, guess.expert);
+        if (absent) {
+            absent_.push_back(guess);
+        }
+        if (!absent || watched_[guess.rank] < kMemory / 8 || trust_[guess.rank] >= kWorthwhile) {
+            experts.push_back(guess.expert);
+        }
+    }
+    return experts;
+}
+
+void LookAhead::settle(int layer, const std::vector<int32_t>& experts) {
+    if (layer != guessed_layer_) {
+        return;
+    }
+    guessed_layer_ = -1;
+    for (const Guess& guess : absent_) {
+        const bool right = std::find(experts.begin(), experts.end(), guess.expert) != experts.end();
+        double& n = watched_[guess.rank];
+        n = std::min(n + 1, kMemory);
+        trust_[guess.rank] += ((right ? 1 : 0) - trust_[guess.rank]) / n;
+    }
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,48 @@
+// Which experts the next layer is likely to select: its router is asked about this layer's hidden state, which the
+// layer's own experts and the next attention change only a little.
+//
+// The router's input is found in the graph: the MUL_MAT with this layer's `ffn_gate_inp` behind the selected ids. Where a
+// model's routers are built in another way, nothing is guessed. How often guesses of each rank come true is watched, of
+// those only that would have to be read: ranks that are wrong too often are not passed on, and watched further.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "expert_buffer.h"
+#include "expert_store.h"
+#include "ggml_abi.h"
+
+namespace edgemoe {
+
+class LookAhead {
+   public:
+    LookAhead(const ExpertStore& store, const ExpertBuffer& buffer) : store_(store), buffer_(buffer) {}
+
+    // The experts of `layer` for the last n_tokens of those in the layer before it, whose selected ids are given;
+    // likeliest first.
+    std::vector<int32_t> guess(int layer, const ggml::Tensor* top_k, int64_t n_tokens);
+    // The same from given rows [n_tokens, n_used] in place of a router.
+    std::vector<int32_t> guess_from(int layer, const std::vector<int32_t>& rows, size_t n_used);
+    // The layer's router has spoken.
+    void settle(int layer, const std::vector<int32_t>& experts);
+
+   private:
+    static constexpr size_t kRanks = 32;
+    struct Guess {
+        int32_t expert;
+        size_t rank;
+    };
+
+    std::vector<int32_t> rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) const;
+    std::vector<int32_t> worthwhile(int layer, std::vector<Guess> guesses);
+
+    const ExpertStore& store_;
+    const ExpertBuffer& buffer_;
+    int guessed_layer_ = -1;
+    std::vector<Guess> absent_;       // of the guesses for that layer, those that were not in memory
+    double trust_[kRanks + 1] = {};   // by rank, share that came true of what had to be read; the last for batches
+    double watched_[kRanks + 1] = {};  // how many, at most kMemory
+};
+
+}  // namespace edgemoe
