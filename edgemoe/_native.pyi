@@ -43,6 +43,7 @@ class Session:
         self,
         io: str,
         n_lanes: int,
+        read_bytes: int,
         arena_bytes: int,
         recycle: bool = ...,
         overlap: bool = ...,

@@ -76,6 +76,10 @@ class Answer:
         Expert slabs that were in memory, and that were read.
     prompt_bytes, generation_bytes : int
         Expert bytes read until the first token, and from there to the end.
+    waited_seconds, busy_seconds : float
+        Wall time that computation waited for experts; in which at least one read was under way.
+    retries : int
+        Reads that failed and were repeated.
     """
 
     def __init__(
@@ -95,6 +99,8 @@ class Answer:
         self.prompt_seconds = self.generation_seconds = 0.0
         self.hits = self.misses = 0
         self.prompt_bytes = self.generation_bytes = 0
+        self.waited_seconds = self.busy_seconds = 0.0
+        self.retries = 0
         self._steps = 0
         self._llama = llama
         self._chunks = chunks
@@ -157,6 +163,9 @@ class Answer:
         self.misses = end.stats.misses - start.stats.misses
         self.prompt_bytes = middle.stats.bytes_read - start.stats.bytes_read
         self.generation_bytes = end.stats.bytes_read - middle.stats.bytes_read
+        self.waited_seconds = end.stats.read_seconds - start.stats.read_seconds
+        self.busy_seconds = end.stats.busy_seconds - start.stats.busy_seconds
+        self.retries = end.stats.retries - start.stats.retries
         if first is not None:
             self._steps = end.n_tokens - first.n_tokens
             # The last token sampled is not evaluated any more; after "stop" it is the end mark, which is no text.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from edgemoe.disk import probe, unmeasured
 from edgemoe.errors import StoreError, UnsupportedPlatformError
 from edgemoe.index import ExpertIndex
 
@@ -24,9 +25,6 @@ except ImportError as error:
     ) from error
 
 IO_MODES = ("auto", "direct", "mmap", "pread")
-
-N_LANES = 8
-"""Threads that read at the same time. They sleep in the kernel, so more than the processors is right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +124,8 @@ class ExpertStore:
     ----------
     io, io_reason : str
         The mode in use and why.
+    disk : DiskSpeed
+        How the disk is best read, and how fast it is then.
 
     Raises
     ------
@@ -136,10 +136,17 @@ class ExpertStore:
     def __init__(self, index: ExpertIndex, arena_bytes: int, io: str = "auto", tuning: Tuning | None = None) -> None:
         self.arena_bytes = arena_bytes
         self.io, self.io_reason = choose_io(index, io)
-        self.n_lanes = N_LANES
+        if self.io == "direct":
+            # The part that has most of the experts, as a rule; the first one of a split model may have none.
+            self.disk = probe(max(index.files, key=lambda path: path.stat().st_size))
+        else:
+            self.disk = unmeasured(f"reads by {self.io} are not measured")
+        self.n_lanes = max(2, self.disk.lanes)  # one to read ahead while the caller waits for another
         self._paths = index.files
         with _as_store_error():
-            session = _native.Session(self.io, self.n_lanes, arena_bytes, **asdict(tuning or Tuning()))
+            session = _native.Session(
+                self.io, self.n_lanes, self.disk.read_bytes, arena_bytes, **asdict(tuning or Tuning())
+            )
             for path in index.files:
                 session.add_file(os.fspath(path))
             for tensor in index.tensors:

@@ -10,8 +10,6 @@ namespace edgemoe {
 
 namespace {
 
-// Bandwidth is flat above a quarter of a mebibyte; smaller pieces let the lanes share one large slab.
-constexpr size_t kReadPiece = size_t{1} << 20;
 // Below this a dense tensor is not worth pages of its own: it is read through the page cache.
 constexpr uint64_t kSmallDense = uint64_t{64} << 10;
 
@@ -22,8 +20,8 @@ Number* as_pointer(uintptr_t address) {
 
 }  // namespace
 
-ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning)
-    : io_(io), arena_bytes_(arena_bytes), tuning_(tuning), lanes_(n_lanes) {
+ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning, uint64_t read_bytes)
+    : io_(io), arena_bytes_(arena_bytes), tuning_(tuning), read_bytes_(page_ceil(read_bytes)), lanes_(n_lanes) {
     if (tuning.forecast) {
         order_ = std::make_unique<Forecast>();
     } else {
@@ -154,8 +152,8 @@ void ExpertStore::read_dense(int id, std::byte* to) {
     const uint64_t start = spec.offset - slack;
     const uint64_t needed = spec.n_bytes + slack;
     const uint64_t whole = direct ? page_ceil(needed) : needed;
-    for (uint64_t at = 0; at < whole; at += kReadPiece) {
-        const uint64_t n = std::min<uint64_t>(kReadPiece, whole - at);
+    for (uint64_t at = 0; at < whole; at += read_bytes_) {
+        const uint64_t n = std::min<uint64_t>(read_bytes_, whole - at);
         jobs_.push_back(
             {&file, start + at, to - slack + at, n, std::min(n, needed - at), direct ? Io::direct : Io::pread});
     }
@@ -548,8 +546,8 @@ void ExpertStore::plan_read(int32_t slab, const Tensor& tensor, int expert, Page
         n_bytes = unread.bytes();
         to = as_pointer<std::byte>(unread.first);
     }
-    for (uint64_t at = 0; at < n_bytes; at += kReadPiece) {
-        const uint64_t n = std::min<uint64_t>(kReadPiece, n_bytes - at);
+    for (uint64_t at = 0; at < n_bytes; at += read_bytes_) {
+        const uint64_t n = std::min<uint64_t>(read_bytes_, n_bytes - at);
         // All of a page that the file has, since a neighbour may rely on the rest of it.
         jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_, slab});
     }

@@ -70,7 +70,8 @@ struct Tuning {
 
 class ExpertStore {
    public:
-    ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning = {});
+    // Reads are of at most `read_bytes`, whole pages.
+    ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning = {}, uint64_t read_bytes = uint64_t{1} << 20);
     ~ExpertStore();
 
     // -------- describe the model, before anything is placed
@@ -183,6 +184,7 @@ class ExpertStore {
     const Io io_;
     const uint64_t arena_bytes_;
     const Tuning tuning_;
+    const uint64_t read_bytes_;
     std::vector<std::unique_ptr<MappedFile>> files_;
     std::vector<Tensor> tensors_;
     std::vector<Layer> layers_;

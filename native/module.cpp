@@ -79,8 +79,8 @@ edgemoe::Io parse_io(const std::string& io) {
 
 // What one loaded model needs, in the order in which it must be taken down.
 struct Session {
-    Session(const std::string& io, int n_lanes, uint64_t arena_bytes, edgemoe::Tuning tuning)
-        : store(parse_io(io), n_lanes, arena_bytes, tuning) {}
+    Session(const std::string& io, int n_lanes, uint64_t read_bytes, uint64_t arena_bytes, edgemoe::Tuning tuning)
+        : store(parse_io(io), n_lanes, arena_bytes, tuning, read_bytes) {}
 
     void attach(const Symbols& symbols) {
         api = make_api(symbols);
@@ -124,11 +124,11 @@ NB_MODULE(_native, m) {
     nb::class_<Session>(m, "Session")
         .def(
             "__init__",
-            [](Session* self, const std::string& io, int n_lanes, uint64_t arena_bytes, bool recycle, bool overlap,
-               bool look_ahead, bool forecast) {
-                new (self) Session(io, n_lanes, arena_bytes, {recycle, overlap, look_ahead, forecast});
+            [](Session* self, const std::string& io, int n_lanes, uint64_t read_bytes, uint64_t arena_bytes, bool recycle,
+               bool overlap, bool look_ahead, bool forecast) {
+                new (self) Session(io, n_lanes, read_bytes, arena_bytes, {recycle, overlap, look_ahead, forecast});
             },
-            "io"_a, "n_lanes"_a, "arena_bytes"_a, "recycle"_a = true, "overlap"_a = true, "look_ahead"_a = true,
+            "io"_a, "n_lanes"_a, "read_bytes"_a, "arena_bytes"_a, "recycle"_a = true, "overlap"_a = true, "look_ahead"_a = true,
             "forecast"_a = true)
         .def(
             "add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from edgemoe.disk import DiskSpeed
 from edgemoe.memory import Budget
 from edgemoe.plan import ExpertPlan, PlanLine
 from edgemoe.store import StoreStats
@@ -34,6 +35,7 @@ class FakeLlama:
     """Answers from scripts; a token is a word, the template puts each message's role before it.
 
     Every token evaluated costs a hit and a miss of 1 MiB and, on `clock`, 0.1 s for a prompt token, 0.5 s for others.
+    What the disk is said to have done (`waited_seconds`, `busy_seconds`, `retries`) is up to the script.
     """
 
     def __init__(self, *scripts: Script, n_ctx: int = 64, has_chat_template: bool = True) -> None:
@@ -42,11 +44,14 @@ class FakeLlama:
         self.seeds: list[int] = []
         self.plan = PLAN
         self.index = SimpleNamespace(path=Path("fake.gguf"), name="fake", has_chat_template=has_chat_template)
-        self.store = SimpleNamespace(stats=self._stats, io="direct", io_reason="it works")
+        disk = DiskSpeed(lanes=4, read_bytes=MIB, bytes_per_s=1.1e9, reason="measured")
+        self.store = SimpleNamespace(stats=self._stats, io="direct", io_reason="it works", disk=disk)
         self.chat_format = "llama-2"
         self.task_mode = None
         self.input_ids: list[int] = []
         self.clock = 0.0
+        self.waited_seconds = self.busy_seconds = 0.0
+        self.retries = 0
         self.closed = False
         self._n_ctx = n_ctx
         self._evaluated = 0
@@ -116,7 +121,23 @@ class FakeLlama:
 
     def _stats(self) -> StoreStats:
         n = self._evaluated
-        return StoreStats(n, n, 0, n * MIB, 0, 0, 0, 0, 0.0, 0)
+        return StoreStats(
+            hits=n,
+            misses=n,
+            expected_hits=0,
+            evictions=0,
+            bytes_read=n * MIB,
+            dense_bytes=0,
+            resident_bytes=0,
+            peak_bytes=0,
+            arena_bytes=0,
+            read_seconds=self.waited_seconds,
+            busy_seconds=self.busy_seconds,
+            prefetched_bytes=0,
+            wasted_bytes=0,
+            retries=self.retries,
+            staged_layers=0,
+        )
 
 
 def _chunk(text: str, finish_reason: str | None) -> dict[str, Any]:

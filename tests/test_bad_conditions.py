@@ -18,6 +18,8 @@ import pytest
 from bad_disk import BadDisk, build_library
 from plain_llama import TINY_MOE
 
+from edgemoe.disk import bandwidth
+from edgemoe.errors import StoreError
 from edgemoe.memory_cgroup import CgroupUnavailableError, memory_cgroup
 
 MIB = 1 << 20
@@ -142,6 +144,36 @@ def test_disk_that_slows_down(disk: BadDisk, undisturbed: list[str]) -> None:
         assert slow_bytes > 4 * MIB
         assert time.monotonic() - begin > 0.9 * slow_bytes / (8 * MIB)
         check_good_end(talk, [first, second], undisturbed)
+
+
+# As if the embedded model were worth measuring its disk.
+MEASURING = "from edgemoe import disk; disk.SMALL = 0; from edgemoe.cli import main; main()"
+
+
+def test_slow_disk_is_told(disk: BadDisk, tmp_path: Path) -> None:
+    try:
+        bandwidth(TINY_MOE, 1, MIB, 0.01)
+    except StoreError as error:
+        pytest.skip(str(error))
+    options = f"--ram {BUDGET} --ctx 512 --threads 1 --temp 0 --max-tokens 60"
+    command = [sys.executable, "-c", MEASURING, "chat", str(TINY_MOE), *options.split()]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, **disk.environment, "EDGEMOE_CACHE": str(tmp_path)}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as chat:
+        assert chat.stdin is not None
+        assert chat.stderr is not None
+        told = []
+        for question in QUESTIONS:
+            chat.stdin.write(question + "\n")
+            chat.stdin.flush()
+            told.append(next(line for line in chat.stderr if "hit rate" in line))
+            disk.control.bytes_per_s = 8 * MIB
+        chat.stdin.close()
+    assert chat.returncode == 0
+    found = re.search(r"disk: (\d\.\d) MB/s, .+ when measured: waiting for it took (\d+)% of the time$", told[1])
+    assert found is not None, told
+    assert 7.5 < float(found[1]) < 9
+    assert int(found[2]) > 50
 
 
 @pytest.mark.parametrize(

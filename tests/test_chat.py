@@ -49,10 +49,15 @@ def test_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer.hits, answer.misses, answer.hit_rate) == (8, 8, 0.5)
     assert (answer.prompt_bytes, answer.generation_bytes, answer.bytes_per_token) == (5 * MIB, 3 * MIB, MIB)
     assert answer.finish_reason == "stop"
+    assert (answer.waited_seconds, answer.busy_seconds, answer.retries) == (0, 0, 0)
 
 
 def test_counters_of_one_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = FakeLlama(["one"], ["two", " three"])
+    def wait() -> None:
+        llama.waited_seconds, llama.busy_seconds, llama.retries = 1.5, 2.5, 3
+
+    llama = FakeLlama(["one"], ["two", wait, " three"])
+    llama.waited_seconds, llama.busy_seconds, llama.retries = 1.0, 1.0, 1
     monkeypatch.setattr(chat.time, "perf_counter", lambda: llama.clock)
     talk = session(llama)
     talk.ask("first").drain()
@@ -62,6 +67,7 @@ def test_counters_of_one_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer.prompt_tokens, answer.reused_tokens, answer.tokens) == (7, 4, 2)
     assert answer.prompt_rate == pytest.approx(10)
     assert answer.prompt_bytes == 3 * MIB
+    assert (answer.waited_seconds, answer.busy_seconds, answer.retries) == (0.5, 1.5, 2)
 
 
 def test_bounded_answer() -> None:

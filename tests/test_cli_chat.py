@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,30 @@ def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
         + "A note.\n"
     )
     assert llama.prompts == ["system: Be brief. user: Really? assistant:"]
+
+
+def test_disk_that_was_worse_than_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def happens(waited_seconds: float, busy_seconds: float, retries: int) -> Callable[[], None]:
+        def happen() -> None:
+            llama.waited_seconds += waited_seconds
+            llama.busy_seconds += busy_seconds
+            llama.retries += retries
+
+        return happen
+
+    # The first takes 0.8 s and reads 4 MiB, each other one 0.7 s and 3 MiB, of which one word is known.
+    llama = FakeLlama(
+        ["Slow.", happens(0.4, 0.05, 1)],
+        ["Failing.", happens(0.0, 0.0, 3)],
+        ["Little wait.", happens(0.17, 0.05, 0)],
+        ["Half as fast as it was.", happens(0.6, 0.0057, 0)],
+    )
+    result = converse(monkeypatch, llama, "a\n/stats\n/reset\nb\n/reset\nc\n/reset\nd\n")
+    answers = [line for line in result.stderr.splitlines() if "tok/s, hit rate" in line]
+    told = [line.partition("(peak 90.0 MiB)")[2] for line in answers]
+    slow = "83.9 MB/s, 1.1 GB/s when measured: waiting for it took 50% of the time; 1 read failed and was repeated"
+    assert told == [f", disk: {slow}", ", disk: 3 reads failed and were repeated", "", ""]
+    assert f"\ndisk         {slow}\n" in result.stderr
 
 
 def test_blank_before_a_slash_makes_it_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -26,11 +27,15 @@ from edgemoe.memory import current_rss, format_bytes, peak_rss
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
     from edgemoe.chat import Answer
+    from edgemoe.disk import DiskSpeed
     from edgemoe.index import ExpertIndex
     from edgemoe.plan import ExpertPlan
 
 PLAIN_WIDTH = 1000
 """Columns where there is no terminal: lines are not broken, so that grep finds whole ones."""
+
+NOTICEABLE_WAIT = 0.25
+"""Share of an answer's time that was spent waiting for the disk, from which on a slow disk is worth a word."""
 
 PROMPT_MODES = {
     "whole": "all experts of a batch fit at once",
@@ -224,6 +229,7 @@ def statistics(llama: Llama, answer: Answer) -> Table:
     read = f"{format_bytes(answer.prompt_bytes)} for the prompt"
     if answer.bytes_per_token is not None:
         read += f", then {format_bytes(round(answer.bytes_per_token))} for each token"
+    remarks = disk_remarks(answer, store.disk)
     return facts(
         [
             ("peak memory", f"{format_bytes(peak_rss())} of {format_bytes(llama.plan.budget.bytes)}"),
@@ -232,6 +238,7 @@ def statistics(llama: Llama, answer: Answer) -> Table:
             ("generation", _generation(llama, answer)),
             ("read", read),
             ("io", f"{store.io}: {store.io_reason}"),
+            *([("disk", remarks)] if remarks else []),
             ("seed", str(answer.seed)),
         ]
     )
@@ -239,14 +246,35 @@ def statistics(llama: Llama, answer: Answer) -> Table:
 
 def status_line(llama: Llama, answer: Answer) -> str:
     """Sum up an answer in one line."""
+    assert llama.store is not None, "the model is open"
+    remarks = disk_remarks(answer, llama.store.disk)
     return ", ".join(
         [
             _generation(llama, answer),
             f"hit rate {_percent(answer.hit_rate)}",
             f"RAM {format_bytes(current_rss())} of {format_bytes(llama.plan.budget.bytes)}"
             f" (peak {format_bytes(peak_rss())})",
+            *([f"disk: {remarks}"] if remarks else []),
         ]
     )
+
+
+def disk_remarks(answer: Answer, disk: DiskSpeed) -> str:
+    """Say what the disk did worse during an answer than it should: nothing as a rule."""
+    remarks = []
+    seconds = answer.prompt_seconds + answer.generation_seconds
+    waited = answer.waited_seconds / seconds if seconds else 0.0
+    if answer.busy_seconds and disk.bytes_per_s is not None and waited > NOTICEABLE_WAIT:
+        speed = (answer.prompt_bytes + answer.generation_bytes) / answer.busy_seconds
+        if speed < disk.bytes_per_s / 2:
+            remarks.append(
+                f"{decimal(round(speed))}/s, {decimal(round(disk.bytes_per_s))}/s when measured:"
+                f" waiting for it took {waited:.0%} of the time"
+            )
+    if answer.retries:
+        what = "1 read failed and was" if answer.retries == 1 else f"{answer.retries:,} reads failed and were"
+        remarks.append(f"{what} repeated")
+    return "; ".join(remarks)
 
 
 def _generation(llama: Llama, answer: Answer) -> str:
