@@ -219,6 +219,13 @@ class ExpertStore:
         with _as_store_error():
             self.session.warm(layer, list(experts))
 
+    def residents(self) -> dict[int, tuple[int, ...]]:
+        """Give the experts of each layer that are in memory, those first that are likeliest to be used.
+
+        Where all experts fit nobody has to leave, so that nothing is known of how likely they are.
+        """
+        return {layer: tuple(ids) for layer, ids in enumerate(self.session.residents()) if ids}
+
     def forget_page_cache(self) -> None:
         """Drop the model files' pages from the page cache: what was read through it is now held in memory."""
         for path in self._paths:

@@ -647,6 +647,22 @@ void ExpertStore::check_mapping() const {
     }
 }
 
+std::vector<std::vector<int32_t>> ExpertStore::residents() {
+    std::vector<std::vector<int32_t>> found(layers_.size());
+    order_->seek(serving_);
+    for (int32_t entry = order_->next_victim(); entry != Eviction::kNone; entry = order_->next_victim()) {
+        const int32_t layer = entries_[entry].layer;
+        const int32_t expert = entry - layers_[layer].first_entry;
+        if (resident(layer, expert)) {
+            found[layer].push_back(expert);
+        }
+    }
+    for (std::vector<int32_t>& experts : found) {
+        std::reverse(experts.begin(), experts.end());  // victims come first
+    }
+    return found;
+}
+
 StoreStats ExpertStore::stats() const {
     StoreStats stats;
     stats.hits = hits_;

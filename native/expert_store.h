@@ -120,6 +120,8 @@ class ExpertStore {
     void warm(int layer, const std::vector<int32_t>& experts);
     // These experts of the layer, and no others of it, are likely to be used: an active task's.
     void prefer(int layer, const std::vector<int32_t>& experts);
+    // Experts that are wholly in memory, by layer: of each layer those first that are likeliest to be used.
+    std::vector<std::vector<int32_t>> residents();
     void count_hits(uint64_t slabs) { hits_ += slabs; }
 
     StoreStats stats() const;
