@@ -35,6 +35,9 @@ __all__ = [
 Ids = npt.NDArray[np.int32]
 
 _MAGIC = "# route_trace v1"
+RECENT_TOKENS, RECENT_SHARE = 4, 0.5
+"""Wrong guesses of a router that is asked a layer too early: this share was used within so many tokens before."""
+
 _COLUMNS = ["turn", "phase", "step", "layer", "slot", "expert"]
 
 
@@ -326,8 +329,9 @@ def predictions(rows: Ids, n_expert: int, recall: float, seed: int) -> Ids:
     """Emulate a predictor of the next layer's experts, in place of one that works on hidden states.
 
     Each true id is kept with a probability that falls evenly with its rank and is `recall` on average, as measured
-    predictors do (0.59 on average: 0.92 at rank 1, 0.28 at rank 16); the others are replaced by wrong ones, drawn
-    uniformly.
+    predictors do (0.59 on average: 0.92 at rank 1, 0.28 at rank 16); the others are replaced by wrong ones. A router
+    that is asked too early guesses wrong what it likes at other times: half of them were used within the last 4 tokens,
+    as with the test model's routers (0.20 to 0.58 by layer), the others are drawn uniformly.
 
     Parameters
     ----------
@@ -360,4 +364,15 @@ def predictions(rows: Ids, n_expert: int, recall: float, seed: int) -> Ids:
     fall = 0.8 * min(recall, 1 - recall) * np.linspace(1, -1, n_used) if n_used > 1 else np.zeros(1)
     lots = rng.random((*rows.shape[:2], n_expert), dtype=np.float32)
     np.put_along_axis(lots, rows.astype(np.intp), np.float32(2), axis=2)
-    return np.where(rng.random(rows.shape) < recall + fall, rows, _best(lots, n_used))
+    used = np.zeros(lots.shape, dtype=np.bool_)
+    np.put_along_axis(used, rows.astype(np.intp), True, axis=2)
+    recent = np.zeros_like(used)
+    for back in range(1, RECENT_TOKENS + 1):
+        recent[back:] |= used[:-back]
+    recent &= ~used
+    n_recent = recent.sum(axis=2, keepdims=True)
+    liked, others = _best(np.where(recent, lots, np.float32(2)), n_used), _best(lots + recent, n_used)
+    wrong = np.where((rng.random(rows.shape) < RECENT_SHARE) & (np.arange(n_used) < n_recent), liked, others)
+    # Too few of the others: any wrong one.
+    wrong = np.where(n_expert - n_used - n_recent < n_used, _best(lots, n_used), wrong)
+    return np.where(rng.random(rows.shape) < recall + fall, rows, wrong)

@@ -219,6 +219,15 @@ def test_predictions_have_their_recall_which_falls_with_rank(recall):
     assert np.all((found >= 0) & (found < 40))
 
 
+def test_half_of_the_wrong_predictions_were_used_a_moment_ago():
+    rows = uniform_routes(6, 128, 6, 0, 1000, seed=4).decode
+    found = predictions(rows, 128, 0.5, seed=5)
+    recent = np.zeros(found.shape, bool)
+    for back in range(1, 5):
+        recent[back:] |= (found[back:, :, :, None] == rows[:-back, :, None, :]).any(3)
+    assert recent[4:][(found != rows)[4:]].mean() == pytest.approx(0.5, abs=0.01)
+
+
 def test_predictions_that_cannot_be_emulated():
     rows = uniform_routes(1, 4, 2, 0, 1, seed=0).decode
     for n_expert, recall in ((4, -0.1), (4, 1.1), (3, 0.5)):
