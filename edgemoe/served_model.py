@@ -95,7 +95,7 @@ class _Context(internals.LlamaContext):
         n_tokens = batch.n_tokens()
         if self.params.n_outputs_max == 1 and sum(batch.batch.logits[i] for i in range(n_tokens)) > 1:
             raise BackendError("logits of more than one token were asked for; open the model with logits_all=True")
-        session.begin()
+        session.begin(batch.batch.pos[0], n_tokens)
         with in_llama_cpp(self.verbose, session.interrupt) as errors:
             try:
                 with _interruptible(self._store):

@@ -121,15 +121,21 @@ NB_MODULE(_native, m) {
         .def_ro("wasted_bytes", &edgemoe::StoreStats::wasted_bytes)
         .def_ro("retries", &edgemoe::StoreStats::retries);
 
+    nb::class_<edgemoe::SkipCounts>(m, "SkipCounts")
+        .def_ro("routed_slots", &edgemoe::SkipCounts::routed_slots)
+        .def_ro("skipped_slots", &edgemoe::SkipCounts::skipped_slots)
+        .def_ro("routed_layers", &edgemoe::SkipCounts::routed_layers)
+        .def_ro("skipped_mass", &edgemoe::SkipCounts::skipped_mass);
+
     nb::class_<Session>(m, "Session")
         .def(
             "__init__",
-            [](Session* self, const std::string& io, int n_lanes, uint64_t read_bytes, uint64_t arena_bytes, bool recycle,
-               bool overlap, bool look_ahead, bool forecast) {
+            [](Session* self, const std::string& io, int n_lanes, uint64_t read_bytes, uint64_t arena_bytes,
+               bool recycle, bool overlap, bool look_ahead, bool forecast) {
                 new (self) Session(io, n_lanes, read_bytes, arena_bytes, {recycle, overlap, look_ahead, forecast});
             },
-            "io"_a, "n_lanes"_a, "read_bytes"_a, "arena_bytes"_a, "recycle"_a = true, "overlap"_a = true, "look_ahead"_a = true,
-            "forecast"_a = true)
+            "io"_a, "n_lanes"_a, "read_bytes"_a, "arena_bytes"_a, "recycle"_a = true, "overlap"_a = true,
+            "look_ahead"_a = true, "forecast"_a = true)
         .def(
             "add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)
         .def(
@@ -145,7 +151,9 @@ NB_MODULE(_native, m) {
         .def("eval_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_node); })
         .def("abort_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_abort); })
         .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.hook.get()); })
-        .def("begin", [](Session& s) { s.hook->begin(); })
+        .def(
+            "begin", [](Session& s, int64_t position, int64_t n_tokens) { s.hook->begin(position, n_tokens); },
+            "position"_a, "n_tokens"_a)
         .def("interrupt", &Session::interrupt)
         .def("watch_interrupts",
              [](Session& s) {
@@ -194,6 +202,10 @@ NB_MODULE(_native, m) {
                     as_array(std::move(trace.change), 1));
             },
             "layer"_a)
+        .def(
+            "skip", [](Session& s, double mass, uint64_t cache_bytes) { s.hook->skipping().bound(mass, cache_bytes); },
+            "mass"_a, "cache_bytes"_a)
+        .def("skip_counts", [](Session& s) { return s.hook ? s.hook->skipping().counts() : edgemoe::SkipCounts{}; })
         .def("staged_layers", [](Session& s) { return s.hook ? s.hook->staged_layers() : 0; })
         .def("stats", [](Session& s) { return s.store.stats(); });
 

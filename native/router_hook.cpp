@@ -34,6 +34,10 @@ bool RouterHook::before_node(ggml::Tensor* node) {
         const int id = buffer_.expert_tensor(node->src[0]);
         if (id >= 0) {
             const int layer = store_.tensor(id).layer;
+            if (layer == skipping_.postponed_layer()) {
+                fail(Skipping::refusal(layer));
+                return true;
+            }
             if (staged_ && layer == served_layer_) {
                 // Each user of experts is computed at once, so none of those asked about earlier still needs its own.
                 store_.acquire(layer, 1U << store_.part_of(id), ids_);
@@ -53,9 +57,15 @@ bool RouterHook::before_node(ggml::Tensor* node) {
             }
         }
     }
+    if (skipping_.awaits(node)) {
+        return true;
+    }
     const Node is = node_named(node->name);
     if (is.kind == NodeKind::other || store_.n_parts(is.layer) == 0) {
         return false;
+    }
+    if (skipping_.on() && is.kind == NodeKind::weighted) {
+        skipping_.learn(is.layer, node);
     }
     return wants(node, is);
 }
@@ -76,8 +86,8 @@ bool RouterHook::wants(const ggml::Tensor* node, Node is) const {
         case NodeKind::biased_probs:
             return limited;
         case NodeKind::top_k:
-            if (!limited && !trace_.watches_outputs(is.layer) && is.layer != cut_layer_ && !routes_.forces(is.layer) &&
-                store_.settled(is.layer)) {
+            if (!limited && !skipping_.on() && !trace_.watches_outputs(is.layer) && is.layer != cut_layer_ &&
+                !routes_.forces(is.layer) && store_.settled(is.layer)) {
                 store_.count_hits(static_cast<uint64_t>(node->ne[0] * node->ne[1] * store_.n_parts(is.layer)));
                 return false;
             }
@@ -91,6 +101,10 @@ bool RouterHook::wants(const ggml::Tensor* node, Node is) const {
 bool RouterHook::after_node(ggml::Tensor* node) {
     if (stop_) {
         return false;
+    }
+    if (skipping_.awaits(node)) {
+        const int layer = skipping_.postponed_layer();
+        return serve(layer, skipping_.skip(node, ids_));
     }
     const Node is = node_named(node->name);
     if (is.kind == NodeKind::other || store_.n_parts(is.layer) == 0) {
@@ -120,7 +134,10 @@ bool RouterHook::after_node(ggml::Tensor* node) {
             trace_.add_outputs(is.layer, node);
             return is.layer != cut_layer_;
         case NodeKind::top_k:
-            return select(is.layer, node) && serve(is.layer, node);
+            if (!select(is.layer, node)) {
+                return false;
+            }
+            return (skipping_.on() && skipping_.postpones(is.layer, node, ids_)) || serve(is.layer, node);
         default:
             break;
     }
@@ -163,6 +180,9 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
         return true;
     }
     store_.routed(layer, top_k->ne[1], ids_);
+    if (skipping_.on()) {
+        read_ids(top_k);  // a skipped expert was chosen, but is not needed
+    }
     look_ahead_.settle(layer, ids_);
     const uint32_t all_parts = (1U << n_parts) - 1;
     staged_ = !store_.fits(layer, all_parts, ids_);
@@ -212,7 +232,7 @@ void RouterHook::watch(const std::vector<int>& layers, bool outputs) {
     trace_.watch(layers, outputs);
 }
 
-void RouterHook::begin() {
+void RouterHook::begin(int64_t position, int64_t n_tokens) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         failure_.clear();
@@ -221,6 +241,7 @@ void RouterHook::begin() {
     staged_ = false;
     arriving_ = 0;
     served_layer_ = -1;
+    skipping_.begin(position, n_tokens);
 }
 
 void RouterHook::interrupt() { stop_ = true; }

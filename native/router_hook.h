@@ -6,7 +6,8 @@
 // tensor's share right before the MUL_MAT_ID that needs it.
 //
 // On the way it can record what the routers say (`trace`), limit what they may choose (`mask`), and end a graph early:
-// a prompt's first router answers before any expert is read.
+// a prompt's first router answers before any expert is read. Where low-weight misses may be skipped, experts are
+// acquired a few nodes later, once their weights are known.
 //
 // A failure aborts the graph and is kept for `take_failure`: the caller must ask after each llama_decode.
 #pragma once
@@ -24,18 +25,20 @@
 #include "graph_node.h"
 #include "look_ahead.h"
 #include "router_trace.h"
+#include "skipping.h"
 
 namespace edgemoe {
 
 class RouterHook {
    public:
     RouterHook(ExpertStore& store, const ExpertBuffer& buffer, const ggml::Api& api)
-        : store_(store), buffer_(buffer), api_(api), look_ahead_(store, buffer) {}
+        : store_(store), buffer_(buffer), api_(api), skipping_(store), look_ahead_(store, buffer) {}
 
     static bool on_node(ggml::Tensor* node, bool ask, void* self);  // ggml_backend_sched_eval_callback
     static bool on_abort(void* self);                               // ggml_abort_callback
 
-    void begin();      // before each llama_decode
+    // Before each llama_decode, of so many tokens that start there.
+    void begin(int64_t position = 0, int64_t n_tokens = 0);
     void interrupt();  // from any thread: stop the running llama_decode
     bool interrupted() const { return stop_; }
     // What went wrong since `begin`, or empty.
@@ -47,6 +50,7 @@ class RouterHook {
     void watch(const std::vector<int>& layers, bool outputs);
     LayerTrace take_trace(int layer) { return trace_.take(layer); }
     ForcedRoutes& routes() { return routes_; }
+    Skipping& skipping() { return skipping_; }
     // End each graph once this layer has been watched, before what it does not need is computed; -1: compute it all.
     void cut_after(int layer) { cut_layer_ = layer; }
 
@@ -66,6 +70,7 @@ class RouterHook {
     ExpertMask mask_;
     RouterTrace trace_;
     ForcedRoutes routes_;
+    Skipping skipping_;
     LookAhead look_ahead_;
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected

@@ -79,7 +79,7 @@ class RoutedLayer {
         view.view_src = routing == Routing::table ? nullptr : ranked;
         view.data = ranking_.data();
         Tensor* top_k = graph.add(view);
-        weights_tensor_ = node("", {1, kUsed, tokens}, weights_);
+        weights_tensor_ = node("ffn_moe_weights", {1, kUsed, tokens}, weights_);
         graph.add(weights_tensor_, [this](Tensor*) { weigh(); });
         if (routing == Routing::inputs_weighted) {
             repeated_ = node("", {kEmbd, kUsed, tokens}, inputs_);
