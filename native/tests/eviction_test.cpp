@@ -1,4 +1,4 @@
-// LeastRecentlyUsed against the textbook: a std::list for each class with the newest at the back.
+// LeastRecentlyUsed against the textbook: a std::list with the newest at the back.
 #include "eviction.h"
 
 #include <algorithm>
@@ -7,69 +7,57 @@
 
 #include "check.h"
 
+using edgemoe::Eviction;
 using edgemoe::LeastRecentlyUsed;
 
 namespace {
 
-std::list<int32_t> order_of(const LeastRecentlyUsed& lru) {
-    std::list<int32_t> order;
-    for (int32_t entry = lru.first_victim(); entry != LeastRecentlyUsed::kNone; entry = lru.next_victim(entry)) {
-        order.push_back(entry);
-        CHECK(order.size() <= 10000);
+std::list<int32_t> victims_of(Eviction& eviction) {
+    std::list<int32_t> victims;
+    eviction.seek(0);
+    for (int32_t entry = eviction.next_victim(); entry != Eviction::kNone; entry = eviction.next_victim()) {
+        victims.push_back(entry);
+        CHECK(victims.size() <= 10000);
     }
-    return order;
+    return victims;
 }
 
-// Who leaves: the ordinary entries from the oldest on, then the preferred ones.
-struct Textbook {
-    std::list<int32_t> ordinary, preferred;
-    std::vector<bool> is_preferred;
+void admit(std::list<int32_t>& order, int32_t entry) {
+    if (std::find(order.begin(), order.end(), entry) == order.end()) {
+        order.push_front(entry);
+    }
+}
 
-    std::list<int32_t>& of(int32_t entry) { return is_preferred[static_cast<size_t>(entry)] ? preferred : ordinary; }
-    void remove(int32_t entry) { of(entry).remove(entry); }
-    void touch(int32_t entry) {
-        remove(entry);
-        of(entry).push_back(entry);
-    }
-    void prefer(int32_t entry, bool preferring) {
-        const std::list<int32_t>& before = of(entry);
-        const bool in_order = std::find(before.begin(), before.end(), entry) != before.end();
-        if (is_preferred[static_cast<size_t>(entry)] == preferring) {
-            return;
-        }
-        remove(entry);
-        is_preferred[static_cast<size_t>(entry)] = preferring;
-        if (in_order) {
-            touch(entry);
-        }
-    }
-    std::list<int32_t> order() const {
-        std::list<int32_t> all = ordinary;
-        all.insert(all.end(), preferred.begin(), preferred.end());
-        return all;
-    }
-};
-
-void compare(int32_t n_entries, int n_operations, uint32_t seed) {
+void compare(const std::vector<int>& n_expert, int n_operations, uint32_t seed) {
     std::mt19937 random(seed);
     LeastRecentlyUsed lru;
-    lru.resize(n_entries);
-    Textbook model{{}, {}, std::vector<bool>(static_cast<size_t>(n_entries), false)};
+    lru.resize(n_expert);
+    uint32_t n_entries = 0;
+    for (const int n : n_expert) {
+        n_entries += static_cast<uint32_t>(n);
+    }
+    std::list<int32_t> order;
     for (int i = 0; i < n_operations; ++i) {
-        const auto entry = static_cast<int32_t>(random() % static_cast<uint32_t>(n_entries));
-        const uint32_t action = random() % 5;
-        if (action < 3) {
-            lru.touch(entry);
-            model.touch(entry);
-        } else if (action == 3) {
-            lru.remove(entry);
-            model.remove(entry);
-        } else {
-            const bool preferred = random() % 2 == 0;
-            lru.prefer(entry, preferred);
-            model.prefer(entry, preferred);
+        const auto entry = static_cast<int32_t>(random() % n_entries);
+        switch (random() % 5) {
+            case 0:
+                lru.admit(entry);
+                admit(order, entry);
+                break;
+            case 1:
+                lru.remove(entry);
+                order.remove(entry);
+                break;
+            case 2:  // it says nothing to this policy
+                lru.routed(0, 1, {0});
+                lru.prefer(0, {0});
+                break;
+            default:
+                lru.touch(entry);
+                order.remove(entry);
+                order.push_back(entry);
         }
-        CHECK(order_of(lru) == model.order());
+        CHECK(victims_of(lru) == order);
     }
 }
 
@@ -77,65 +65,61 @@ void compare(int32_t n_entries, int n_operations, uint32_t seed) {
 
 TEST(empty_has_no_victim) {
     LeastRecentlyUsed lru;
-    lru.resize(3);
-    CHECK_EQUAL(lru.first_victim(), LeastRecentlyUsed::kNone);
+    lru.resize({3});
+    CHECK(victims_of(lru).empty());
 }
 
-TEST(one_entry) { compare(1, 100, 1); }
-TEST(two_entries) { compare(2, 500, 2); }
-TEST(few_entries) { compare(5, 5000, 3); }
-TEST(many_entries) { compare(97, 5000, 4); }
+TEST(one_entry) { compare({1}, 100, 1); }
+TEST(two_entries) { compare({2}, 500, 2); }
+TEST(few_entries) { compare({2, 3}, 5000, 3); }
+TEST(many_entries) { compare({32, 1, 64}, 5000, 4); }
 
-TEST(preferred_leave_last_whenever_they_were_used) {
+TEST(unasked_for_leave_first) {
     LeastRecentlyUsed lru;
-    lru.resize(5);
-    lru.prefer(1, true);  // before it is in the order at all
-    for (const int32_t entry : {1, 0, 3, 2, 4}) {
-        lru.touch(entry);
-    }
-    CHECK(order_of(lru) == (std::list<int32_t>{0, 3, 2, 4, 1}));
-    lru.prefer(3, true);
-    CHECK(order_of(lru) == (std::list<int32_t>{0, 2, 4, 1, 3}));
-    lru.prefer(1, true);  // already is: keeps its place
-    CHECK(order_of(lru) == (std::list<int32_t>{0, 2, 4, 1, 3}));
-    lru.prefer(1, false);
-    CHECK(order_of(lru) == (std::list<int32_t>{0, 2, 4, 1, 3}));
-    lru.touch(0);
-    CHECK(order_of(lru) == (std::list<int32_t>{2, 4, 1, 0, 3}));
-}
-
-TEST(preferred_alone_leave_too) {
-    LeastRecentlyUsed lru;
-    lru.resize(3);
-    for (const int32_t entry : {2, 0}) {
-        lru.prefer(entry, true);
-        lru.touch(entry);
-    }
-    CHECK(order_of(lru) == (std::list<int32_t>{2, 0}));
+    lru.resize({5});
+    lru.touch(3);
+    lru.touch(1);
+    lru.admit(0);
+    lru.admit(2);
+    lru.admit(3);  // is there already: keeps its place
+    CHECK(victims_of(lru) == (std::list<int32_t>{2, 0, 3, 1}));
+    lru.touch(2);
+    CHECK(victims_of(lru) == (std::list<int32_t>{0, 3, 1, 2}));
 }
 
 TEST(resize_forgets_everything) {
     LeastRecentlyUsed lru;
-    lru.resize(4);
+    lru.resize({4});
     lru.touch(3);
     lru.touch(1);
-    lru.prefer(3, true);
-    lru.resize(8);
-    CHECK(order_of(lru).empty());
-    lru.touch(3);
+    lru.resize({4, 4});
+    CHECK(victims_of(lru).empty());
     lru.touch(7);
-    CHECK(order_of(lru) == (std::list<int32_t>{3, 7}));  // 3 is no longer preferred
+    lru.touch(3);
+    CHECK(victims_of(lru) == (std::list<int32_t>{7, 3}));
 }
 
-TEST(oldest_may_leave_while_walking) {
+TEST(victims_may_leave_or_stay_while_they_are_sought) {
+    std::mt19937 random(5);
     LeastRecentlyUsed lru;
-    lru.resize(3);
-    for (const int32_t entry : {0, 1, 2}) {
-        lru.touch(entry);
+    lru.resize({20});
+    for (int round = 0; round < 100; ++round) {
+        std::list<int32_t> order;
+        for (int32_t entry = 0; entry < 20; ++entry) {
+            lru.touch(entry);
+            order.push_back(entry);
+        }
+        lru.seek(0);
+        for (auto next = order.begin(); next != order.end();) {
+            CHECK_EQUAL(lru.next_victim(), *next);
+            if (random() % 2 == 0) {
+                lru.remove(*next);
+                next = order.erase(next);
+            } else {
+                ++next;
+            }
+        }
+        CHECK_EQUAL(lru.next_victim(), Eviction::kNone);
+        CHECK(victims_of(lru) == order);
     }
-    const int32_t first = lru.first_victim();
-    const int32_t next = lru.next_victim(first);
-    lru.remove(first);
-    CHECK_EQUAL(next, 1);
-    CHECK_EQUAL(lru.first_victim(), 1);
 }

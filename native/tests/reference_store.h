@@ -1,4 +1,5 @@
-// The contract of expert_store.h in its plainest form: sets, lists and a count for every page. No memory, no files.
+// The contract of expert_store.h in its plainest form, for requests that are waited for at once and the least recently
+// used leaving first: sets, lists and a count for every page. No memory, no files.
 #pragma once
 
 #include <algorithm>
@@ -26,26 +27,6 @@ class ReferenceStore {
     bool warm(int layer, const std::vector<int32_t>& experts) {
         return bring(layer, model_.all_parts(layer), experts, false);
     }
-    // An expert that changes class becomes the newest of its new one.
-    void prefer(int layer, const std::vector<int32_t>& experts) {
-        for (int32_t expert = 0; expert < model_.layers[static_cast<size_t>(layer)].n_expert; ++expert) {
-            const Expert entry{layer, expert};
-            const bool preferring = std::find(experts.begin(), experts.end(), expert) != experts.end();
-            if (preferring == (preferred_.count(entry) != 0)) {
-                continue;
-            }
-            if (preferring) {
-                preferred_.insert(entry);
-            } else {
-                preferred_.erase(entry);
-            }
-            if (std::find(order_.begin(), order_.end(), entry) != order_.end()) {
-                order_.remove(entry);
-                order_.push_back(entry);
-            }
-        }
-    }
-
     uint64_t resident_bytes() const { return pages.size() * edgemoe::page_size(); }
 
     std::set<Slab> resident;
@@ -132,17 +113,10 @@ class ReferenceStore {
             }
         }
     }
-    // Of the entry that was not asked for longest, everything that this request does not need. Preferred ones last.
+    // Of the entry that was not asked for longest, everything that this request does not need.
     template <typename Pinned>
     bool evict_oldest(const Pinned& pinned) {
-        for (const bool preferred : {false, true}) {
-            for (const Expert& entry : order_) {
-                if ((preferred_.count(entry) != 0) == preferred && evict(entry, pinned)) {
-                    return true;
-                }
-            }
-        }
-        return false;
+        return std::any_of(order_.begin(), order_.end(), [&](const Expert& entry) { return evict(entry, pinned); });
     }
     template <typename Pinned>
     bool evict(const Expert& entry, const Pinned& pinned) {
@@ -162,5 +136,4 @@ class ReferenceStore {
     const edgemoe::Io io_;
     const uint64_t arena_bytes_;
     std::list<Expert> order_;
-    std::set<Expert> preferred_;
 };

@@ -144,7 +144,9 @@ TEST(read_error_in_the_middle) {
     const TinyModel model({{8, {(1U << 20) + 100, 3 * page_size()}}}, {}, 1, 4);
     const std::string path = model.files.front()->path();
     for (const Io io : {Io::pread, Io::direct}) {
-        PlacedStore placed(model, io, 3, kPlenty);
+        edgemoe::Tuning tuning;
+        tuning.recycle = false;  // nothing is kept, so that pages can be counted
+        PlacedStore placed(model, io, 3, kPlenty, tuning);
         placed->acquire(0, 3, {0});
         const uint64_t resident = placed->stats().resident_bytes;
         const auto middle = edgemoe::page_floor(reinterpret_cast<uintptr_t>(placed.slab(0, 0, 4)) + (1U << 19));

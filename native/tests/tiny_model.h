@@ -72,9 +72,11 @@ inline void skip_without(edgemoe::Io io, const TinyModel& model) {
 // The tensors of a model placed one after another, as a ggml buffer would.
 class PlacedStore {
    public:
-    PlacedStore(const TinyModel& model, edgemoe::Io io, int n_lanes, uint64_t arena_bytes) : model_(model) {
+    PlacedStore(const TinyModel& model, edgemoe::Io io, int n_lanes, uint64_t arena_bytes, edgemoe::Tuning tuning = {},
+                uint64_t read_bytes = uint64_t{1} << 20)
+        : model_(model) {
         skip_without(io, model);
-        store_ = std::make_unique<edgemoe::ExpertStore>(io, n_lanes, arena_bytes);
+        store_ = std::make_unique<edgemoe::ExpertStore>(io, n_lanes, arena_bytes, tuning, read_bytes);
         for (const auto& file : model.files) {
             store_->add_file(file->path());
         }
