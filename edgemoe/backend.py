@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from edgemoe.matcher import Match
     from edgemoe.task_mode import TaskMode
 
-__all__ = ["Llama", "plan_model"]
+__all__ = ["MOST_SKIPPED", "Llama", "plan_model"]
+
+MOST_SKIPPED = 0.5
+"""Of a token's router weights in a layer: the heaviest expert is always kept."""
 
 
 class Llama(PlainLlama):
@@ -59,6 +62,9 @@ class Llama(PlainLlama):
         Context in tokens. None takes what fits the budget, 0 the model's own.
     n_batch, n_ubatch : int, optional
         Logical and physical batch, 512 unless the experts of such a batch do not fit.
+    skip_mass : float
+        While an answer is decoded, leave out experts that would have to be read, the lightest first, up to this share
+        of a token's router weights in each layer: 0 (exact) to 0.5. The same prompt and settings give the same answer.
     reserved : sequence of PlanLine
         Memory that the caller itself will hold: the plan leaves it free.
     tuning : Tuning, optional
@@ -101,6 +107,7 @@ class Llama(PlainLlama):
         n_ctx: int | None = None,
         n_batch: int = 512,
         n_ubatch: int | None = None,
+        skip_mass: float = 0.0,
         reserved: Sequence[PlanLine] = (),
         tuning: Tuning | None = None,
         on_plan: Callable[[ExpertPlan], None] | None = None,
@@ -109,11 +116,18 @@ class Llama(PlainLlama):
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._said = ""
+        self._skip_mass = 0.0
         for name in ("n_gpu_layers", "use_mlock", "vocab_only"):
             if kwargs.get(name):
                 raise BackendError(
                     f"{name}={kwargs[name]} contradicts a RAM budget; leave it out, or use llama_cpp.Llama"
                 )
+        _check_skip_mass(skip_mass)
+        if skip_mass and experts == "task":
+            raise BackendError(
+                "skip_mass leaves out experts that would have to be read, but with experts=task all are in memory;"
+                " leave one of the two out"
+            )
         self.ram = ram
         self.index = read_index(Path(model_path))
         self.task_mode: TaskMode | None = None
@@ -171,6 +185,8 @@ class Llama(PlainLlama):
                         " use another GGUF of this model"
                     ) from error
             self.store.forget_page_cache()
+            if skip_mass:
+                self.skip_mass = skip_mass
             if self.task_mode is not None:
                 self.task_mode.attach(self.residency, self.plan)
                 if task is not None:
@@ -186,8 +202,37 @@ class Llama(PlainLlama):
         self._said = said if isinstance(said, str) else ""
         return PlainLlama.create_chat_completion(self, messages, *args, **kwargs)
 
+    @property
+    def skip_mass(self) -> float:
+        """Largest share of a token's router weights that is left out in a layer; a conversation starts when it is set.
+
+        Raises
+        ------
+        BackendError
+            When it is set to something else than 0 to 0.5.
+        """
+        return self._skip_mass
+
+    @skip_mass.setter
+    def skip_mass(self, mass: float) -> None:
+        _check_skip_mass(mass)
+        self._skip_mass = mass
+        self.store.skip(mass, self.plan.nominal_arena_bytes)
+        self.reset()
+
+    def reusable(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens `generate` need not evaluate again.
+
+        What is skipped depends on all that a conversation has routed. So that a prompt has one answer, it goes on from
+        what was computed only if it contains all of that.
+        """
+        known: int = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), list(prompt[:-1]))
+        return 0 if self.skip_mass and known < self.n_tokens else known
+
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
         """Generate tokens, as `llama_cpp.Llama.generate`, after the prompt has been matched to a task."""
+        if self.skip_mass and kwargs.get("reset", True) and not self.reusable(tokens):
+            self.reset()
         if self.task_mode is not None and not self.task_mode.pinned and kwargs.get("reset", True):
             self._match(self.task_mode, list(tokens), self._said)
         self._said = ""
@@ -310,3 +355,10 @@ class Llama(PlainLlama):
         state: dict[str, Any] = super().__getstate__()
         del state["use_mmap"], state["use_mlock"], state["vocab_only"]
         return state | {"ram": self.ram, "io": self.store.io}
+
+
+def _check_skip_mass(mass: float) -> None:
+    if not 0 <= mass <= MOST_SKIPPED:
+        raise BackendError(
+            f"skip_mass={mass} is no share of the router's weights that can be left out; give 0 to {MOST_SKIPPED}"
+        )

@@ -80,6 +80,9 @@ class Answer:
         Wall time that computation waited for experts; in which at least one read was under way.
     retries : int
         Reads that failed and were repeated.
+    skipped_share, skipped_mass : float or None
+        Share of the experts that the answer's tokens selected, and of the router's weights, that was left out, mean
+        over tokens and layers, 0 to 1; None when nothing is skipped.
     """
 
     def __init__(
@@ -94,13 +97,15 @@ class Answer:
         self.text = ""
         self.finish_reason = "interrupted"
         self.prompt_tokens = len(prompt)
-        self.reused_tokens = _common_prefix(llama.input_ids[: llama.n_tokens], prompt[:-1])
+        self.reused_tokens = llama.reusable(prompt)
         self.tokens = 0
         self.prompt_seconds = self.generation_seconds = 0.0
         self.hits = self.misses = 0
         self.prompt_bytes = self.generation_bytes = 0
         self.waited_seconds = self.busy_seconds = 0.0
         self.retries = 0
+        self.skipped_share: float | None = None
+        self.skipped_mass: float | None = None
         self._steps = 0
         self._llama = llama
         self._chunks = chunks
@@ -166,6 +171,10 @@ class Answer:
         self.waited_seconds = end.stats.read_seconds - start.stats.read_seconds
         self.busy_seconds = end.stats.busy_seconds - start.stats.busy_seconds
         self.retries = end.stats.retries - start.stats.retries
+        if routed := end.stats.routed_slots - start.stats.routed_slots:
+            self.skipped_share = (end.stats.skipped_slots - start.stats.skipped_slots) / routed
+            n_layer = end.stats.routed_layers - start.stats.routed_layers
+            self.skipped_mass = (end.stats.skipped_mass - start.stats.skipped_mass) / n_layer
         if first is not None:
             self._steps = end.n_tokens - first.n_tokens
             # The last token sampled is not evaluated any more; after "stop" it is the end mark, which is no text.
@@ -329,12 +338,3 @@ def _too_long(llama: Llama, n_tokens: int) -> PromptError:
         f"the prompt has {n_tokens} tokens, but the context holds {llama.n_ctx()} with the answer;"
         " shorten it or give a larger --ctx"
     )
-
-
-def _common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    length = 0
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

@@ -27,6 +27,10 @@ COMPUTE_SHARE = 4
 """KV cache and compute buffers may each take one part in four of what experts could use instead."""
 
 
+NOMINAL_PROCESS_BYTES = 64 * MIB
+"""What Python and libraries take, roughly; what they really take differs a little between two processes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What llama.cpp allocates besides the weights, for one context size and physical batch.
@@ -101,6 +105,12 @@ class ExpertPlan:
     def bytes_of(self, name: str) -> int:
         """Bytes of the line with that name, 0 if there is none."""
         return sum(line.bytes for line in self.lines if line.name == name)
+
+    @property
+    def nominal_arena_bytes(self) -> int:
+        """The arena if Python took `NOMINAL_PROCESS_BYTES`: the same in every process with the same settings."""
+        measured = sum(map(self.bytes_of, ("Python and libraries", "expert arena", "left free")))
+        return max(0, measured - NOMINAL_PROCESS_BYTES)
 
 
 def make_plan(

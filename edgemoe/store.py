@@ -53,6 +53,12 @@ class StoreStats:
         Reads that failed and were repeated.
     staged_layers : int
         Times that a layer's experts did not fit at once and were served tensor by tensor.
+    routed_slots, skipped_slots : int
+        While skipping was on (`ExpertStore.skip`): experts that decoded tokens selected; those of them left out.
+    routed_layers : int
+        The same: layers that decoded tokens passed.
+    skipped_mass : float
+        Sum over these of the share of the router's weights, 0 to 1, that was left out.
     """
 
     hits: int
@@ -70,6 +76,10 @@ class StoreStats:
     wasted_bytes: int
     retries: int
     staged_layers: int
+    routed_slots: int
+    skipped_slots: int
+    routed_layers: int
+    skipped_mass: float
 
     @property
     def hit_rate(self) -> float:
@@ -189,7 +199,7 @@ class ExpertStore:
     def stats(self) -> StoreStats:
         """Counters so far; may be called from any thread while the model runs."""
         session = self.session
-        native = session.stats()
+        native, skips = session.stats(), session.skip_counts()
         return StoreStats(
             hits=native.hits,
             misses=native.misses,
@@ -206,6 +216,10 @@ class ExpertStore:
             wasted_bytes=native.wasted_bytes,
             retries=native.retries,
             staged_layers=session.staged_layers(),
+            routed_slots=skips.routed_slots,
+            skipped_slots=skips.skipped_slots,
+            routed_layers=skips.routed_layers,
+            skipped_mass=skips.skipped_mass,
         )
 
     def warm(self, layer: int, experts: Sequence[int]) -> None:
@@ -225,6 +239,18 @@ class ExpertStore:
         Where all experts fit nobody has to leave, so that nothing is known of how likely they are.
         """
         return {layer: tuple(ids) for layer, ids in enumerate(self.session.residents()) if ids}
+
+    def skip(self, mass: float, cache_bytes: int) -> None:
+        """Leave out experts of low weight that are misses, while tokens are decoded one by one.
+
+        Parameters
+        ----------
+        mass : float
+            Largest share of a token's router weights to leave out in a layer, 0 (nothing) to 0.5.
+        cache_bytes : int
+            Experts that a virtual cache holds which sees routing alone: what it does not hold is a miss.
+        """
+        self.session.skip(mass, cache_bytes)
 
     def forget_page_cache(self) -> None:
         """Drop the model files' pages from the page cache: what was read through it is now held in memory."""

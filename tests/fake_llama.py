@@ -35,7 +35,8 @@ class FakeLlama:
     """Answers from scripts; a token is a word, the template puts each message's role before it.
 
     Every token evaluated costs a hit and a miss of 1 MiB and, on `clock`, 0.1 s for a prompt token, 0.5 s for others.
-    What the disk is said to have done (`waited_seconds`, `busy_seconds`, `retries`) is up to the script.
+    What the disk is said to have done (`waited_seconds`, `busy_seconds`, `retries`) is up to the script. With a
+    `skip_mass`, one expert of eight is skipped, and half of that mass.
     """
 
     def __init__(self, *scripts: Script, n_ctx: int = 64, has_chat_template: bool = True) -> None:
@@ -52,6 +53,7 @@ class FakeLlama:
         self.clock = 0.0
         self.waited_seconds = self.busy_seconds = 0.0
         self.retries = 0
+        self.skip_mass = 0.0
         self.closed = False
         self._n_ctx = n_ctx
         self._evaluated = 0
@@ -66,6 +68,9 @@ class FakeLlama:
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [self._words.setdefault(word, len(self._words)) for word in text.decode().split()]
+
+    def reusable(self, prompt: Sequence[int]) -> int:
+        return self._known(prompt[:-1])
 
     def create_chat_completion(self, messages: list[dict[str, str]], **options: Any) -> Iterator[dict[str, Any]]:
         if any("REFUSE" in message["content"] for message in messages):
@@ -84,9 +89,7 @@ class FakeLlama:
         self.seeds.append(seed)
         names = list(self._words)
         self.prompts.append(" ".join(names[token] for token in prompt))
-        known = sum(
-            1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(self.input_ids, prompt, strict=False))
-        )
+        known = self._known(prompt)
         self._evaluate(prompt[known:], 0.1, keep=known)
         said: list[int] = []
         for step in self.scripts.pop(0):
@@ -114,6 +117,9 @@ class FakeLlama:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _known(self, prompt: Sequence[int]) -> int:
+        return sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(self.input_ids, prompt, strict=False)))
+
     def _evaluate(self, tokens: list[int], seconds: float, keep: int) -> None:
         self.input_ids = [*self.input_ids[:keep], *tokens]
         self._evaluated += len(tokens)
@@ -137,6 +143,10 @@ class FakeLlama:
             wasted_bytes=0,
             retries=self.retries,
             staged_layers=0,
+            routed_slots=8 * n if self.skip_mass else 0,
+            skipped_slots=n if self.skip_mass else 0,
+            routed_layers=2 * n if self.skip_mass else 0,
+            skipped_mass=self.skip_mass * n,
         )
 
 

@@ -125,6 +125,13 @@ def test_disk_that_was_worse_than_it_should_be(monkeypatch: pytest.MonkeyPatch) 
     assert f"\ndisk         {slow}\n" in result.stderr
 
 
+def test_what_was_skipped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama(["Yes."])
+    llama.skip_mass = 0.02
+    result = converse(monkeypatch, llama, "Really?\n")
+    assert ", skipped 12.5% of routings, 1.0% of router mass (bound 2.0%), " in result.stderr
+
+
 def test_blank_before_a_slash_makes_it_text(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = FakeLlama(["A folder."])
     assert converse(monkeypatch, llama, " /etc\n").stdout == "A folder.\n"
@@ -159,6 +166,9 @@ def test_json_is_a_line_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None
         "prompt_bytes_read": 3 * MIB,
         "generation_bytes_read": 2 * MIB,
         "bytes_read_per_token": MIB,
+        "skip_mass": 0.0,
+        "skipped_share": None,
+        "skipped_mass": None,
         "rss_bytes": 80 * MIB,
         "peak_rss_bytes": 90 * MIB,
         "budget_bytes": 100 * MIB,

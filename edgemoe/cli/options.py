@@ -88,6 +88,15 @@ _SHARED = (
     click.option("--task", metavar="NAME", help="Use this task, whatever the prompts are about."),
     STORE,
     click.option(
+        "--skip-mass",
+        metavar="P",
+        type=click.FloatRange(0, 0.5),
+        callback=_finite,
+        default=0.0,
+        show_default=True,
+        help="Leave out experts that are not in memory up to this share of a token's router weights; 0: exact.",
+    ),
+    click.option(
         "--max-tokens",
         metavar="N",
         type=click.IntRange(min=1),
@@ -128,6 +137,8 @@ class ModelOptions:
         Experts kept; the task to use.
     store : Path or None
         Folder of tasks.
+    skip_mass : float
+        Share of the router's weights that may be left out, 0 to 0.5.
     temp : float
         Sampling temperature.
     seed : int or None
@@ -145,6 +156,7 @@ class ModelOptions:
     keep: str | None
     task: str | None
     store: Path | None
+    skip_mass: float
     max_tokens: int | None
     temp: float
     seed: int | None
@@ -180,6 +192,7 @@ class ModelOptions:
             keep=self.keep,
             task=self.task,
             tasks=self.store,
+            skip_mass=self.skip_mass,
             n_ctx=self.ctx,
             n_batch=max(512, self.ubatch or 0),
             n_ubatch=self.ubatch,

@@ -237,6 +237,7 @@ def statistics(llama: Llama, answer: Answer) -> Table:
             ("prompt", prompt),
             ("generation", _generation(llama, answer)),
             ("read", read),
+            *([("skipped", _skipped(llama, answer))] if llama.skip_mass else []),
             ("io", f"{store.io}: {store.io_reason}"),
             *([("disk", remarks)] if remarks else []),
             ("seed", str(answer.seed)),
@@ -252,6 +253,7 @@ def status_line(llama: Llama, answer: Answer) -> str:
         [
             _generation(llama, answer),
             f"hit rate {_percent(answer.hit_rate)}",
+            *([f"skipped {_skipped(llama, answer)}"] if llama.skip_mass else []),
             f"RAM {format_bytes(current_rss())} of {format_bytes(llama.plan.budget.bytes)}"
             f" (peak {format_bytes(peak_rss())})",
             *([f"disk: {remarks}"] if remarks else []),
@@ -285,6 +287,11 @@ def _generation(llama: Llama, answer: Answer) -> str:
         full = answer.prompt_tokens + answer.tokens >= llama.n_ctx()
         text += ", cut: the context is full" if full else ", cut at --max-tokens"
     return text
+
+
+def _skipped(llama: Llama, answer: Answer) -> str:
+    routings, mass = _percent(answer.skipped_share), _percent(answer.skipped_mass)
+    return f"{routings} of routings, {mass} of router mass (bound {_percent(llama.skip_mass)})"
 
 
 def _tokens(count: int) -> str:
@@ -327,6 +334,9 @@ def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:
             "prompt_bytes_read": answer.prompt_bytes,
             "generation_bytes_read": answer.generation_bytes,
             "bytes_read_per_token": answer.bytes_per_token,
+            "skip_mass": llama.skip_mass,
+            "skipped_share": answer.skipped_share,
+            "skipped_mass": answer.skipped_mass,
             "rss_bytes": current_rss(),
             "peak_rss_bytes": peak_rss(),
             "budget_bytes": llama.plan.budget.bytes,
