@@ -202,7 +202,8 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
 }
 
 void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {
-    if (store_.n_parts(layer) == 0 || store_.settled(layer)) {
+    // A limited layer's experts are held, and its router is not the one that chooses.
+    if (store_.n_parts(layer) == 0 || store_.settled(layer) || mask_.limits(layer)) {
         return;
     }
     // llama.cpp computes the last layer for the tokens alone whose logits are wanted: usually the last one.
