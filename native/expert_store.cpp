@@ -289,7 +289,14 @@ void ExpertStore::warm(int layer, const std::vector<int32_t>& experts) {
 
 void ExpertStore::prefer(int layer, const std::vector<int32_t>& experts) {
     check_request(layer, 0, experts);
-    order_->prefer(layers_[layer].number, experts);
+    const Layer& in = layers_[layer];
+    for (int32_t expert = 0; expert < in.n_expert; ++expert) {
+        entries_[in.first_entry + expert].preferred = false;
+    }
+    for (const int32_t expert : experts) {
+        entries_[in.first_entry + expert].preferred = true;
+    }
+    order_->prefer(in.number, experts);
 }
 
 void ExpertStore::routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts) {
@@ -316,6 +323,7 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     settle_expectations(layer);
     jobs_.clear();
     serving_ = in.number;
+    sparing_ = !counted;
     order_->seek(serving_);
     try {
         for (const int32_t entry : pinned_) {
@@ -559,7 +567,11 @@ bool ExpertStore::make_room(const Tensor& tensor, int expert) {
     while (resident_bytes_ + exclusive_pages(tensor, expert).bytes() > arena_bytes_) {
         const int32_t victim = order_->next_victim();
         if (victim == Eviction::kNone) {
-            return false;
+            if (!std::exchange(sparing_, false)) {
+                return false;
+            }
+            order_->seek(serving_);
+            continue;
         }
         const uint32_t parts = removable_parts(victim);
         if (parts != 0) {
@@ -573,7 +585,7 @@ bool ExpertStore::make_room(const Tensor& tensor, int expert) {
 // What is being read cannot leave.
 uint32_t ExpertStore::removable_parts(int32_t entry) const {
     const Entry& of = entries_[entry];
-    uint32_t parts = of.expected ? 0 : of.resident & static_cast<uint32_t>(~of.pinned);
+    uint32_t parts = of.expected || (sparing_ && of.preferred) ? 0 : of.resident & static_cast<uint32_t>(~of.pinned);
     for (int part = 0; part < kMaxParts; ++part) {
         if ((parts >> part & 1) != 0 && lanes_.arriving(slab_of(entry, part))) {
             parts &= ~(1U << part);

@@ -116,7 +116,8 @@ class ExpertStore {
     // Likely to be asked for next, likeliest first. Only as many as have room beside what is in use; those that are
     // there stay until their layer is asked for. A guess that was wrong is no use: it leaves as if it had never come.
     void expect(int layer, const std::vector<int32_t>& experts);
-    // Ahead of any use: all parts of these experts. Not counted as hits or misses.
+    // Ahead of any use: all parts of these experts. Not counted as hits or misses. Those that are preferred leave for
+    // them only where nobody else is left, so that a set that fits is there as a whole once its layers are warm.
     void warm(int layer, const std::vector<int32_t>& experts);
     // These experts of the layer, and no others of it, are likely to be used: an active task's.
     void prefer(int layer, const std::vector<int32_t>& experts);
@@ -152,6 +153,7 @@ class ExpertStore {
         uint8_t pinned = 0;
         bool expected = false;  // its layer has not been asked for since
         bool unused = false;    // it came because it was expected, and has not been asked for yet
+        bool preferred = false;
     };
     struct Pages {
         uintptr_t first, last;  // addresses, last exclusive
@@ -196,7 +198,8 @@ class ExpertStore {
     std::vector<int32_t> unverified_;  // slabs added since the files were last seen to be unchanged
     std::vector<ReadJob> jobs_;
     std::unique_ptr<Eviction> order_;
-    int serving_ = 0;  // number of the layer that was asked for last
+    bool sparing_ = false;  // preferred ones are no victims
+    int serving_ = 0;       // number of the layer that was asked for last
     SparePages spares_;
     BusErrorGuard guard_;
     ReadLanes lanes_;
