@@ -177,23 +177,13 @@ class Evaluator:
                 self._store.session.force_predictions(file["predicted"])
         return {}
 
-    def hold(
-        self, layers: list[int], warm: list[list[int]], kept: list[list[int]] | None, only: bool
-    ) -> dict[str, Any]:
-        """Have experts of each layer in memory now, and `kept` leave last; or route within `warm` only."""
+    def hold(self, layers: list[int], kept: list[list[int]], only: bool) -> dict[str, Any]:
+        """Have experts of each layer in memory now, and count them as likelier, or route within them only."""
         from edgemoe.expert_set import ExpertSet
 
         residency, index = self._llama.residency, self._llama.index
-        k = max(index.n_expert_used)
-
-        def chosen(ids: list[list[int]]) -> ExpertSet:
-            # A layer without any is left out: a set has experts in each of its layers.
-            some = [(layer, tuple(row)) for layer, row in zip(layers, ids, strict=True) if row]
-            return ExpertSet(tuple(layer for layer, _ in some), index.n_expert, k, tuple(row for _, row in some))
-
-        if only:
-            return {"seconds": residency.restrict(chosen(warm)).seconds}
-        return {"seconds": residency.prefer(chosen(warm), chosen(kept) if kept else None).seconds}
+        chosen = ExpertSet(tuple(layers), index.n_expert, max(index.n_expert_used), tuple(map(tuple, kept)))
+        return {"seconds": (residency.restrict if only else residency.prefer)(chosen).seconds}
 
 
 def _disk_bytes() -> int | None:

@@ -17,7 +17,7 @@ from edgemoe.index import ExpertIndex
 from edgemoe.memory_cgroup import CgroupUnavailableError, MemoryCgroup, drop_page_cache, memory_cgroup
 from edgemoe.plan import expert_pages
 from edgemoe.routes import Ids, Routes
-from edgemoe.task_mode import FEWEST_CYCLES, PREFERRED, WARM_SHARE
+from edgemoe.task_mode import WARM_SHARE
 
 __all__ = ["Cell", "Run", "Workload", "resident_run", "run_arm"]
 
@@ -228,8 +228,8 @@ def _measure(run: Run, child: Arm, cell: Cell, workload: Workload, scratch: Path
             counts = prompt_counts(routes.prompt, routes.n_expert)
             routes = replace(
                 routes,
-                prompt=within(routes.prompt, counts, pattern["warm"]),
-                decode=within(routes.decode, counts, pattern["warm"]),
+                prompt=within(routes.prompt, counts, pattern["kept"]),
+                decode=within(routes.decode, counts, pattern["kept"]),
             )
         run.warm_s = child.ask(do="hold", **pattern, only=run.arm == "task" and not workload.forced)["seconds"]
     if workload.forced:
@@ -256,18 +256,11 @@ def _measure(run: Run, child: Arm, cell: Cell, workload: Workload, scratch: Path
 
 
 def _pattern(arm: str, cell: Cell, routes: Routes, arena_bytes: int) -> dict[str, Any]:
-    """Experts of the prompt's pattern as the task mode would hold them: in memory first, and evicted last."""
-    layers = cell.index.moe_layers
+    """Experts of the prompt's pattern as the task mode would hold them."""
     counts = prompt_counts(routes.prompt, routes.n_expert)
-    sizes = expert_pages(cell.index)
-    if arm == "task":
-        return {"layers": layers, "warm": best_experts(counts, sizes, arena_bytes, routes.n_used), "kept": None}
-    warm = best_experts(counts, sizes, arena_bytes, routes.n_used, WARM_SHARE)
-    cycle = routes.n_used * sum(sizes)
-    kept = (
-        best_experts(counts, sizes, round(PREFERRED * arena_bytes), 0) if arena_bytes >= FEWEST_CYCLES * cycle else None
-    )
-    return {"layers": layers, "warm": warm, "kept": kept}
+    share = 1.0 if arm == "task" else WARM_SHARE
+    kept = best_experts(counts, expert_pages(cell.index), arena_bytes, routes.n_used, share)
+    return {"layers": cell.index.moe_layers, "kept": kept}
 
 
 def _written(routes: Routes, predicted: Ids | None, index: ExpertIndex, scratch: Path) -> Path:

@@ -51,10 +51,10 @@ class Residency:
             If experts cannot be read.
         """
         self._allow(chosen)
-        return self._hold(chosen, chosen)
+        return self._hold(chosen)
 
-    def prefer(self, warm: ExpertSet, kept: ExpertSet | None) -> Switch:
-        """Allow every expert, but have `warm` in memory now, and `kept`, the best of them if any, leave last.
+    def prefer(self, chosen: ExpertSet) -> Switch:
+        """Allow every expert, but have the set in memory now, and count its experts as likelier than others.
 
         Raises
         ------
@@ -62,7 +62,7 @@ class Residency:
             If experts cannot be read.
         """
         self._allow(None)
-        return self._hold(warm, kept)
+        return self._hold(chosen)
 
     def allow_all(self) -> None:
         """Allow every expert and prefer none; what is in memory stays until others need the room."""
@@ -82,13 +82,11 @@ class Residency:
             whole = chosen is None or len(ids) == chosen.n_expert
             self._store.session.keep(layer, [] if whole else list(ids))
 
-    def _hold(self, warm: ExpertSet, kept: ExpertSet | None) -> Switch:
+    def _hold(self, chosen: ExpertSet) -> Switch:
         started, before = time.perf_counter(), self._store.stats()
-        session = self._store.session
-        # First who may stay, so that those of the former task make room.
-        staying = {} if kept is None else dict(zip(kept.layers, kept.kept, strict=True))
-        for layer in self._layers:
-            session.prefer(layer, list(staying.get(layer, ())))
-        for layer, ids in zip(warm.layers, warm.kept, strict=True):
+        # First who is likely, so that those of the former task make room.
+        for layer, ids in zip(chosen.layers, chosen.kept, strict=True):
+            self._store.session.prefer(layer, list(ids))
+        for layer, ids in zip(chosen.layers, chosen.kept, strict=True):
             self._store.warm(layer, ids)
         return Switch(self._store.stats().bytes_read - before.bytes_read, time.perf_counter() - started)

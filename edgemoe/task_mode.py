@@ -1,8 +1,8 @@
 """Which task's experts a running model uses: matched to what it reads, or pinned by the user.
 
 ``task`` routes within the task's set (PreMoe's k/M); a miss cannot happen, and the model is the pruned one. ``auto``
-lets every expert be chosen, has the task's set in memory first and, in an arena that is not small, evicts it last: the
-answers are exact.
+lets every expert be chosen, has the task's set in memory first, and counts its experts as likelier than others when
+some have to leave: the answers are exact.
 """
 
 from __future__ import annotations
@@ -35,13 +35,6 @@ MODES = ("task", "auto")
 
 WARM_SHARE = 0.95
 """Of each layer's routed mass: what ``auto`` reads ahead at most. The rest is read when it is asked for."""
-
-PREFERRED = 0.5
-"""Part of the arena that ``auto`` holds for the task's best experts; the other part follows what is really used."""
-
-FEWEST_CYCLES = 4
-"""Token cycles (one token's experts in all layers) that the arena must hold before ``auto`` prefers any expert: in a
-smaller one what was used last is worth more, see `benchmarks/soft_cache.py`."""
 
 FEWEST_TOKENS = 16
 """New tokens that a turn must have to question a task that is active already."""
@@ -221,7 +214,7 @@ class TaskMode:
         """
         pattern = self.pattern(task)
         if task not in self._sets:
-            budget = self._budget if self.mode == "task" else self._warm_budget(pattern, 1.0)
+            budget = self._budget if self.mode == "task" else self._warm_budget(pattern)
             self._sets[task] = choose(pattern, self._layers, budget)
         return self._sets[task]
 
@@ -275,28 +268,15 @@ class TaskMode:
         elif self.mode == "task":
             self.switch = self._residency.restrict(self.experts_of(task))
         else:
-            pattern = self.pattern(task)
-            self.switch = self._residency.prefer(self.experts_of(task), self._preferred(pattern))
+            self.switch = self._residency.prefer(self.experts_of(task))
         self.active = task
 
-    def _preferred(self, pattern: Pattern) -> ExpertSet | None:
-        """Experts that ``auto`` evicts last."""
-        assert self._budget.n_bytes is not None
-        if self._budget.n_bytes < FEWEST_CYCLES * self._token_cycle:
-            return None
-        return choose(pattern, self._layers, self._warm_budget(pattern, PREFERRED))
-
-    @property
-    def _token_cycle(self) -> int:
-        """Bytes of the fewest experts that all layers can route with."""
-        return sum(k * size for k, size in zip(self._layers.floor, self._layers.expert_bytes, strict=True))
-
-    def _warm_budget(self, pattern: Pattern, part: float) -> ExpertBudget:
-        """Bytes that ``auto`` reads ahead: part of the arena, but not experts that hardly any token needs."""
+    def _warm_budget(self, pattern: Pattern) -> ExpertBudget:
+        """Bytes that ``auto`` reads ahead: what the arena holds, but not experts that hardly any token needs."""
         assert self._budget.n_bytes is not None
         mass = pattern.scores[pattern.criterion]
         most = mass_share(np.maximum(mass, 0), self._layers, WARM_SHARE).n_bytes(self._layers.expert_bytes)
-        return ExpertBudget(n_bytes=max(_floor_bytes(self._layers), min(round(self._budget.n_bytes * part), most)))
+        return ExpertBudget(n_bytes=max(_floor_bytes(self._layers), min(self._budget.n_bytes, most)))
 
 
 def _floor_bytes(layers: ExpertLayers) -> int:

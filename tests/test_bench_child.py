@@ -31,11 +31,11 @@ def test_experts_are_held_and_routes_restricted() -> None:
         evaluator = Evaluator(llama)
         layers = list(llama.index.moe_layers)
         few = [list(range(8)) for _ in layers]
-        evaluator.hold(layers, few, [[0], *([[]] * (len(layers) - 1))], only=False)
+        evaluator.hold(layers, few, only=False)
         assert llama.store.stats().bytes_read > 0
         evaluator.prompt([1, 2, 3])
         free = evaluator.decode(3, [4, 5, 6])
-        evaluator.hold(layers, few, None, only=True)
+        evaluator.hold(layers, few, only=True)
         before = evaluator.prompt([1, 2, 3])
         within = evaluator.decode(3, [4, 5, 6])
         assert within["checksums"] != free["checksums"]

@@ -16,6 +16,7 @@ from edgemoe.errors import StoreError
 from edgemoe.expert_set import ExpertLayers, ExpertSet, everything
 from edgemoe.memory import page_size
 from edgemoe.plan import expert_pages
+from edgemoe.trace import RouterTrace
 
 SETTINGS = {"n_ctx": 128, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "seed": 1}
 N_EXPERT = 10
@@ -117,34 +118,58 @@ def test_preferring_changes_no_answer(model: Path, share: float) -> None:
     plain.close()
     with opened(model, share) as llama:
         assert llama.plan.n_ubatch == SETTINGS["n_ubatch"]
-        switch = llama.residency.prefer(spread(0, 2), spread(0, 1))
+        switch = llama.residency.prefer(spread(0, 2))
         assert predicted(spread(0, 2), llama) <= switch.bytes_read <= 1.03 * predicted(spread(0, 2), llama)
         for _ in range(2):
             np.testing.assert_array_equal(logits(llama, PROMPT, ANSWER), expected)
         # From a task's set to all experts and back to another set.
         llama.residency.restrict(spread(1, 2))
         assert np.abs(logits(llama, PROMPT, ANSWER) - expected).max() > 1e-3
-        llama.residency.prefer(spread(3, 2), spread(3, 2))
+        llama.residency.prefer(spread(3, 2))
         np.testing.assert_array_equal(logits(llama, PROMPT, ANSWER), expected)
 
 
-def use_all(llama: Llama) -> None:
+def read_all(llama: Llama) -> None:
     """Read every expert of every layer in turn, many times what the arena holds."""
     for layer in LAYERS:
         for expert in range(N_EXPERT):
             llama.store.warm(layer, [expert])
 
 
-def test_preferred_experts_leave_last_and_allowing_all_ends_that(model: Path) -> None:
+def test_preferred_experts_stay_before_those_never_used_and_allowing_all_ends_that(model: Path) -> None:
     kept = spread(0, 2)
-    with opened(model, 0.4) as llama:
-        llama.residency.prefer(kept, kept)
-        use_all(llama)
+    with opened(model, 0.5) as llama:
+        llama.eval([5])
+        llama.residency.prefer(kept)
+        read_all(llama)
         assert llama.store.stats().evictions > 0
-        assert llama.residency.prefer(kept, kept).bytes_read == 0, "they are in memory still"
+        assert llama.residency.prefer(kept).bytes_read == 0, "they are in memory still"
         llama.residency.allow_all()
-        use_all(llama)
-        assert llama.residency.prefer(kept, kept).bytes_read > 0, "without a preference the oldest leave"
+        read_all(llama)
+        assert llama.residency.prefer(kept).bytes_read > 0, "without a preference they are like any other"
+
+
+def test_what_a_token_used_is_resident_and_comes_first(model: Path) -> None:
+    with opened(model, 0.5) as llama:
+        assert llama.store.residents() == {}
+        traces: list[RouterTrace] = []
+        with llama.tap.watch(traces.append):
+            llama.eval([5])
+        used = {
+            layer: set(np.argsort(-row[-1])[:2].tolist()) for layer, row in zip(LAYERS, traces[0].logits, strict=True)
+        }
+        llama.residency.prefer(spread(0, 1))
+        read_all(llama)
+        residents = llama.store.residents()
+        assert residents.keys() == set(LAYERS)
+        for layer, ids in residents.items():
+            assert len(set(ids)) == len(ids) and set(ids) <= set(range(N_EXPERT))
+            assert set(ids[:2]) == used[layer]
+            assert layer in ids[:3], "the one that is preferred"
+        before = llama.store.stats().bytes_read
+        for layer, ids in residents.items():
+            llama.store.warm(layer, ids)
+        assert llama.store.stats().bytes_read == before
 
 
 def test_all_experts_again_after_a_set(model: Path) -> None:
