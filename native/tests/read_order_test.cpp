@@ -1,0 +1,422 @@
+// What ReadLanes reads when, with a disk that holds reads back or fails them.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "check.h"
+#include "held_disk.h"
+#include "mapped_file.h"
+#include "read_lanes.h"
+#include "scratch_file.h"
+
+using edgemoe::Io;
+using edgemoe::MappedFile;
+using edgemoe::page_size;
+using edgemoe::ReadJob;
+using edgemoe::ReadLanes;
+using edgemoe::Urgency;
+using Offsets = std::vector<uint64_t>;
+
+namespace {
+
+constexpr int32_t kSlabs = 16, kJobs = 3;
+
+// A file of slabs of three pages, each read by up to three jobs, one a page, to the same place in memory.
+class Reading {
+ public:
+    explicit Reading(int n_lanes, Io io = Io::pread)
+        : page(page_size()), scratch_(random_bytes(kSlabs * kJobs * page, 1)), file_(scratch_.path()), io_(io) {
+        std::string why;
+        if (io == Io::direct && !file_.open_direct(why)) {
+            throw check::Skipped(why);
+        }
+        memory_ = edgemoe::reserve_memory(scratch_.bytes().size());
+        lanes = std::make_unique<ReadLanes>(n_lanes);
+        lanes->resize(kSlabs);
+    }
+    ~Reading() {
+        disk.let_go();
+        lanes.reset();
+        edgemoe::release_memory(memory_, scratch_.bytes().size());
+    }
+    Reading(const Reading&) = delete;
+    Reading& operator=(const Reading&) = delete;
+
+    uint64_t at(int32_t slab, int32_t job = 0) const { return static_cast<uint64_t>(slab * kJobs + job) * page; }
+    void submit(int32_t slab, Urgency urgency, int32_t n_jobs = 1) {
+        std::vector<ReadJob> jobs;
+        for (int32_t job = 0; job < n_jobs; ++job) {
+            jobs.push_back({&file_, at(slab, job), memory_ + at(slab, job), page, page, io_, slab});
+        }
+        lanes->submit(jobs, urgency);
+    }
+    // Somebody else reads it; the caller does not help.
+    void watch(int32_t slab) const {
+        while (lanes->arriving(slab)) {
+            std::this_thread::yield();
+        }
+    }
+    bool holds(int32_t slab, int32_t n_jobs = 1) const {
+        return std::memcmp(memory_ + at(slab), scratch_.bytes().data() + at(slab),
+                           static_cast<size_t>(n_jobs) * page) == 0;
+    }
+    bool untouched(int32_t slab) const {
+        const std::byte* first = memory_ + at(slab);
+        return std::all_of(first, first + kJobs * page, [](std::byte byte) { return byte == std::byte{0}; });
+    }
+    void clear() { std::memset(memory_, 0, scratch_.bytes().size()); }
+
+    const uint64_t page;
+    const std::string& path() const { return scratch_.path(); }
+    std::unique_ptr<ReadLanes> lanes;
+
+ private:
+    WithHeldDisk with_;
+    const ScratchFile scratch_;
+    MappedFile file_;
+    const Io io_;
+    std::byte* memory_ = nullptr;
+
+ public:
+    HeldDisk& disk = with_.disk;
+};
+
+constexpr Urgency kDemanded = Urgency::demanded, kSpeculative = Urgency::speculative;
+
+void fail_times(Reading& reading, int32_t slab, int times) {
+    reading.disk.fail([at = reading.at(slab), times](const HeldDisk::Read& read) mutable {
+        return read.offset == at && times-- > 0;
+    });
+}
+
+}  // namespace
+
+TEST(demanded_before_speculative) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(1)});
+    reading.submit(1, kSpeculative);
+    reading.disk.await(1);  // the one lane is busy; the rest queues up
+    reading.submit(2, kSpeculative);
+    reading.submit(3, kDemanded);
+    reading.submit(4, kSpeculative);
+    reading.submit(5, kDemanded);
+    reading.disk.let_go();
+    reading.watch(2);
+    reading.watch(4);
+    CHECK(reading.disk.offsets() ==
+          (Offsets{reading.at(1), reading.at(3), reading.at(5), reading.at(2), reading.at(4)}));
+    for (const int32_t slab : {1, 2, 3, 4, 5}) {
+        CHECK(reading.holds(slab) && !reading.lanes->failed(slab));
+    }
+}
+
+TEST(half_of_the_lanes_are_left_to_demands) {
+    Reading reading(4);  // the caller's own and three threads
+    reading.disk.hold({reading.at(1), reading.at(2), reading.at(3), reading.at(4)});
+    for (const int32_t slab : {1, 2, 3}) {
+        reading.submit(slab, kSpeculative);
+    }
+    reading.disk.await(2);
+    reading.submit(4, kDemanded);
+    reading.disk.await(3);
+    const Offsets begun = reading.disk.offsets();
+    CHECK_EQUAL(std::count(begun.begin(), begun.end(), reading.at(3)), 0);
+    CHECK_EQUAL(begun.back(), reading.at(4));
+    reading.disk.let_go();
+    reading.watch(3);
+    CHECK(reading.holds(3));
+}
+
+TEST(caller_reads_along_but_nothing_speculative) {
+    Reading reading(1);
+    reading.submit(1, kSpeculative);
+    reading.submit(2, kDemanded, 2);
+    reading.lanes->wait({2});
+    CHECK(reading.holds(2, 2));
+    CHECK(reading.lanes->arriving(1));
+    CHECK(reading.untouched(1));
+    reading.lanes->hasten(1);
+    reading.lanes->wait({1});
+    CHECK(reading.holds(1));
+}
+
+TEST(hastened_comes_before_the_others) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(1)});
+    reading.submit(1, kSpeculative);
+    reading.disk.await(1);
+    for (const int32_t slab : {2, 3, 4}) {
+        reading.submit(slab, kSpeculative, slab == 3 ? 2 : 1);
+    }
+    reading.lanes->hasten(3);
+    reading.lanes->hasten(9);  // nothing of that
+    reading.disk.let_go();
+    reading.watch(4);
+    CHECK(reading.disk.offsets() ==
+          (Offsets{reading.at(1), reading.at(3), reading.at(3, 1), reading.at(2), reading.at(4)}));
+}
+
+TEST(cancelled_is_never_read) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(1)});
+    reading.submit(1, kSpeculative);
+    reading.disk.await(1);
+    reading.submit(2, kSpeculative, 3);
+    reading.submit(3, kSpeculative);
+    reading.submit(4, kDemanded);
+    CHECK(reading.lanes->cancel(2));
+    CHECK(!reading.lanes->arriving(2) && !reading.lanes->failed(2));
+    CHECK(!reading.lanes->cancel(1));  // has begun
+    CHECK(!reading.lanes->cancel(4));  // somebody waits for it
+    CHECK(reading.lanes->arriving(1) && reading.lanes->arriving(4));
+    reading.disk.let_go();
+    reading.watch(3);
+    CHECK(reading.disk.offsets() == (Offsets{reading.at(1), reading.at(4), reading.at(3)}));
+    CHECK(reading.untouched(2));
+    reading.lanes->wait({1, 2, 3, 4});
+    CHECK(!reading.lanes->cancel(3));  // is there
+    reading.submit(2, kDemanded, 3);
+    reading.lanes->wait({2});
+    CHECK(reading.holds(2, 3));
+}
+
+TEST(begun_in_part_is_not_cancelled) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(2)});
+    reading.submit(2, kSpeculative, 3);
+    reading.disk.await(1);
+    CHECK(!reading.lanes->cancel(2));
+    reading.disk.let_go();
+    reading.watch(2);
+    CHECK(reading.holds(2, 3));
+}
+
+TEST(hastened_is_not_cancelled) {
+    Reading reading(1);
+    reading.submit(2, kSpeculative, 2);
+    reading.lanes->hasten(2);
+    CHECK(!reading.lanes->cancel(2));
+    reading.lanes->wait({2});
+    CHECK(reading.holds(2, 2));
+}
+
+TEST(waits_for_the_asked_slabs_alone) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(1)});
+    reading.submit(1, kDemanded);
+    reading.disk.await(1);
+    reading.submit(2, kDemanded);
+    reading.submit(3, kDemanded);
+    reading.lanes->wait({});
+    reading.lanes->wait({2, 2, 7});
+    CHECK(reading.holds(2));
+    CHECK(reading.lanes->arriving(1));
+    reading.disk.let_go();
+    reading.lanes->wait({3, 1});
+    CHECK(reading.holds(1) && reading.holds(3));
+}
+
+TEST(failed_reads_are_repeated) {
+    for (const int times : {1, 2}) {
+        for (const int n_lanes : {1, 3}) {
+            Reading reading(n_lanes);
+            fail_times(reading, 1, times);
+            reading.submit(1, kDemanded, 3);
+            reading.submit(2, kDemanded, 3);
+            reading.lanes->wait({1, 2});
+            CHECK(reading.holds(1, 3) && reading.holds(2, 3));
+            CHECK_EQUAL(reading.lanes->n_retries(), static_cast<uint64_t>(times));
+            CHECK_EQUAL(reading.lanes->bytes_read(), 6 * reading.page);
+        }
+    }
+}
+
+TEST(speculative_reads_are_repeated_too) {
+    Reading reading(2);
+    fail_times(reading, 1, 2);
+    reading.submit(1, kSpeculative, 2);
+    reading.watch(1);
+    CHECK(reading.holds(1, 2) && !reading.lanes->failed(1));
+    CHECK_EQUAL(reading.lanes->n_retries(), 2U);
+}
+
+TEST(read_that_always_fails_fails_its_slab_alone) {
+    for (const int n_lanes : {1, 2, 5}) {
+        Reading reading(n_lanes);
+        fail_times(reading, 1, 1000);
+        for (const int32_t slab : {1, 2, 3}) {
+            reading.submit(slab, slab == 3 && n_lanes > 1 ? kSpeculative : kDemanded, 3);
+        }
+        reading.lanes->wait({2});
+        CHECK(reading.holds(2, 3));
+        CHECK_REFUSED(reading.lanes->wait({2, 1}), "reading " + reading.path() + " failed");
+        CHECK(reading.lanes->failed(1) && !reading.lanes->arriving(1));
+        CHECK_EQUAL(reading.lanes->n_retries(), 2U);
+        if (n_lanes > 1) {
+            reading.watch(3);
+        } else {
+            reading.lanes->wait({3});
+        }
+        CHECK(reading.holds(3, 3) && !reading.lanes->failed(3));
+        CHECK_REFUSED(reading.lanes->wait({1}), reading.path());  // until it is read again, or forgotten
+        reading.lanes->forget(1);
+        reading.lanes->wait({1});
+        reading.disk.recover();
+        reading.submit(1, kDemanded, 3);
+        reading.lanes->wait({1});
+        CHECK(reading.holds(1, 3));
+    }
+}
+
+TEST(last_try_is_buffered) {
+    Reading reading(1, Io::direct);
+    reading.disk.fail([](const HeldDisk::Read& read) { return read.direct; });
+    reading.submit(1, kDemanded);
+    reading.lanes->wait({1});
+    CHECK(reading.holds(1));
+    CHECK(reading.disk.direct() == (std::vector<bool>{true, true, false}));
+    CHECK_EQUAL(reading.lanes->n_retries(), 2U);
+    CHECK_EQUAL(reading.lanes->bytes_read(), reading.page);
+}
+
+TEST(disk_without_direct_reads_is_survived) {
+    Reading reading(4, Io::direct);
+    reading.disk.fail([](const HeldDisk::Read& read) { return read.direct; });
+    std::vector<int32_t> slabs;
+    for (int32_t slab = 0; slab < kSlabs; ++slab) {
+        reading.submit(slab, kDemanded, 3);
+        slabs.push_back(slab);
+    }
+    reading.lanes->wait(slabs);
+    for (const int32_t slab : slabs) {
+        CHECK(reading.holds(slab, 3));
+    }
+    CHECK_EQUAL(reading.lanes->n_retries(), 2U * 3 * kSlabs);
+}
+
+TEST(lanes_survive_a_disk_that_fails_every_read) {
+    Reading reading(3);
+    reading.disk.fail([](const HeldDisk::Read&) { return true; });
+    for (int32_t slab = 0; slab < kSlabs; ++slab) {
+        reading.submit(slab, slab % 2 == 0 ? kDemanded : kSpeculative, 3);
+    }
+    for (int32_t slab = 0; slab < kSlabs; ++slab) {
+        reading.watch(slab);
+        CHECK(reading.lanes->failed(slab));
+    }
+    CHECK_EQUAL(reading.lanes->bytes_read(), 0U);
+    reading.disk.recover();
+    for (int32_t slab = 0; slab < kSlabs; ++slab) {
+        reading.submit(slab, kSpeculative, 3);
+    }
+    for (int32_t slab = 0; slab < kSlabs; ++slab) {
+        reading.watch(slab);
+        CHECK(reading.holds(slab, 3) && !reading.lanes->failed(slab));
+    }
+}
+
+TEST(drained_reads_nothing_any_more) {
+    for (const bool fails : {false, true}) {
+        Reading reading(2);
+        if (fails) {
+            fail_times(reading, 1, 1000);
+        }
+        reading.disk.hold({reading.at(1)});
+        reading.submit(1, kDemanded);
+        reading.disk.await(1);
+        reading.submit(2, kDemanded, 2);
+        reading.submit(3, kSpeculative, 2);
+        std::thread other([&] {
+            while (!reading.lanes->failed(3)) {  // taken back before it waits for what is under way
+                std::this_thread::yield();
+            }
+            reading.disk.let_go();
+        });
+        reading.lanes->drain();
+        other.join();
+        CHECK(!reading.lanes->arriving(1) && !reading.lanes->arriving(2) && !reading.lanes->arriving(3));
+        CHECK_EQUAL(reading.lanes->failed(1), fails);
+        CHECK(reading.lanes->failed(2));
+        CHECK(fails || reading.holds(1));
+        CHECK(reading.untouched(2) && reading.untouched(3));
+        CHECK_EQUAL(reading.lanes->n_retries(), 0U);
+        CHECK_EQUAL(reading.disk.offsets().size(), 1U);
+        reading.disk.recover();
+        reading.submit(2, kDemanded, 2);
+        reading.lanes->wait({2});
+        CHECK(reading.holds(2, 2));
+        reading.lanes->drain();  // nothing to do
+        CHECK(!reading.lanes->failed(2));
+    }
+}
+
+TEST(busy_is_the_time_with_reads_under_way) {
+    Reading reading(2);
+    CHECK_EQUAL(reading.lanes->busy_ns(), 0U);
+    reading.disk.hold({reading.at(1)});
+    reading.submit(1, kSpeculative);
+    reading.disk.await(1);
+    const uint64_t started = edgemoe::now_ns(), before = reading.lanes->busy_ns();
+    while (edgemoe::now_ns() - started < 5000000) {
+        std::this_thread::yield();
+    }
+    CHECK(reading.lanes->busy_ns() >= before + 5000000);  // and it says so while they are
+    reading.disk.let_go();
+    reading.watch(1);
+    const uint64_t after = reading.lanes->busy_ns();
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    CHECK_EQUAL(reading.lanes->busy_ns(), after);
+    CHECK(after >= before + 5000000);
+    CHECK_EQUAL(reading.lanes->bytes_read(), reading.page);
+}
+
+// Whatever is asked in whatever order, a slab that has arrived has its bytes.
+TEST(any_order_of_everything) {
+    for (uint32_t seed = 0; seed < 6; ++seed) {
+        std::mt19937 random(seed);
+        Reading reading(static_cast<int>(seed % 3) + 2);
+        if (seed % 2 == 1) {
+            reading.disk.fail([faults = std::mt19937(seed)](const HeldDisk::Read&) mutable { return faults() % 4 == 0; });
+        }
+        for (int round = 0; round < 40; ++round) {
+            reading.clear();
+            std::vector<bool> expected(kSlabs, false);
+            std::vector<int32_t> all;
+            for (int i = 0; i < 30; ++i) {
+                const auto slab = static_cast<int32_t>(random() % kSlabs);
+                const auto at = static_cast<size_t>(slab);
+                switch (random() % 4) {
+                    case 0:
+                        reading.lanes->hasten(slab);
+                        break;
+                    case 1:
+                        if (reading.lanes->arriving(slab) && reading.lanes->cancel(slab)) {
+                            CHECK(reading.untouched(slab));
+                            expected[at] = false;
+                        }
+                        break;
+                    default:
+                        if (!expected[at]) {
+                            expected[at] = true;
+                            all.push_back(slab);
+                            reading.submit(slab, random() % 2 == 0 ? kDemanded : kSpeculative, kJobs);
+                        }
+                }
+            }
+            if (random() % 4 == 0) {
+                reading.lanes->drain();
+            }
+            try {
+                reading.lanes->wait(all);
+            } catch (const edgemoe::SystemError&) {
+                reading.lanes->drain();
+            }
+            for (const int32_t slab : all) {
+                CHECK(!reading.lanes->arriving(slab));
+                CHECK(!expected[static_cast<size_t>(slab)] || reading.lanes->failed(slab) ||
+                      reading.holds(slab, kJobs));
+            }
+        }
+    }
+}
