@@ -10,11 +10,12 @@ namespace edgemoe {
 
 namespace {
 
-constexpr double kMemory = 256;     // guesses after which an older one counts half of nothing
-constexpr double kWorthwhile = 0.5;  // a read that comes true saves waiting, a wrong one only costs the disk
-constexpr int64_t kSample = 32;     // tokens of a batch that are asked about
-constexpr int kF32 = 0;             // GGML_TYPE_F32
-constexpr int kDeepest = 12;        // nodes between a router and its selected ids
+constexpr double kMemory = 256;      // guesses that trust is the mean of
+constexpr double kEnough = 16;       // guesses before which there is no mistrust
+constexpr double kWorthwhile = 0.5;  // a read that comes true saves waiting, a wrong one costs the disk's time
+constexpr int64_t kSample = 32;      // tokens of a batch that are asked about
+constexpr int kF32 = 0;              // GGML_TYPE_F32
+constexpr int kDeepest = 12;         // nodes between a router and its selected ids
 
 std::string name_in(int layer, const char* rest) { return "blk." + std::to_string(layer) + "." + rest; }
 
@@ -110,19 +111,22 @@ std::vector<int32_t> LookAhead::guess_from(int layer, const std::vector<int32_t>
         }
         return worthwhile(layer, std::move(guesses));
     }
-    std::vector<int32_t> count(static_cast<size_t>(store_.n_expert(layer)), 0);
+    std::vector<size_t> count(static_cast<size_t>(store_.n_expert(layer)), 0);
     for (const int32_t expert : rows) {
         if (count[expert]++ == 0) {
-            guesses.push_back({expert, kRanks});
+            guesses.push_back({expert, 0});
         }
     }
-    std::stable_sort(guesses.begin(), guesses.end(),
-                     [&](const Guess& a, const Guess& b) { return count[a.expert] > count[b.expert]; });
+    for (Guess& guess : guesses) {
+        guess.rank = kRanks + std::min(count[guess.expert], kCounts);
+    }
+    std::stable_sort(guesses.begin(), guesses.end(), [&](const Guess& a, const Guess& b) { return a.rank > b.rank; });
     return worthwhile(layer, std::move(guesses));
 }
 
 std::vector<int32_t> LookAhead::worthwhile(int layer, std::vector<Guess> guesses) {
     guessed_layer_ = layer;
+    by_layer_.resize(std::max(by_layer_.size(), static_cast<size_t>(layer) + 1));
     absent_.clear();
     std::vector<int32_t> experts;
     for (const Guess& guess : guesses) {
@@ -130,7 +134,7 @@ std::vector<int32_t> LookAhead::worthwhile(int layer, std::vector<Guess> guesses
         if (absent) {
             absent_.push_back(guess);
         }
-        if (!absent || watched_[guess.rank] < kMemory / 8 || trust_[guess.rank] >= kWorthwhile) {
+        if (!absent || chance(layer, guess.rank) >= kWorthwhile) {
             experts.push_back(guess.expert);
         }
     }
@@ -144,10 +148,30 @@ void LookAhead::settle(int layer, const std::vector<int32_t>& experts) {
     guessed_layer_ = -1;
     for (const Guess& guess : absent_) {
         const bool right = std::find(experts.begin(), experts.end(), guess.expert) != experts.end();
-        double& n = watched_[guess.rank];
-        n = std::min(n + 1, kMemory);
-        trust_[guess.rank] += ((right ? 1 : 0) - trust_[guess.rank]) / n;
+        by_rank_[guess.rank].add(right);
+        if (guess.rank < kRanks) {
+            all_.add(right);
+            by_layer_[layer].add(right);
+        }
     }
+}
+
+void LookAhead::Trust::add(bool right) {
+    watched = std::min(watched + 1, kMemory);
+    share += ((right ? 1 : 0) - share) / watched;
+}
+
+// As if rank and layer mattered independently: there are too many pairs of them to watch each.
+double LookAhead::chance(int layer, size_t rank) const {
+    const Trust& of_rank = by_rank_[rank];
+    const Trust& of_layer = by_layer_[layer];
+    if (rank >= kRanks) {
+        return of_rank.watched < kEnough ? 1 : of_rank.share;
+    }
+    if (of_rank.watched < kEnough || of_layer.watched < kEnough || all_.share == 0) {
+        return 1;
+    }
+    return of_rank.share * of_layer.share / all_.share;
 }
 
 }  // namespace edgemoe

@@ -2,8 +2,8 @@
 // layer's own experts and the next attention change only a little.
 //
 // The router's input is found in the graph: the MUL_MAT with this layer's `ffn_gate_inp` behind the selected ids. Where a
-// model's routers are built in another way, nothing is guessed. How often guesses of each rank come true is watched, of
-// those only that would have to be read: ranks that are wrong too often are not passed on, and watched further.
+// model's routers are built in another way, nothing is guessed. How often guesses of each rank and layer come true is
+// watched, of those only that would have to be read: what is wrong too often is not passed on, and watched further.
 #pragma once
 
 #include <cstdint>
@@ -28,21 +28,26 @@ class LookAhead {
     void settle(int layer, const std::vector<int32_t>& experts);
 
    private:
-    static constexpr size_t kRanks = 32;
+    static constexpr size_t kRanks = 32, kCounts = 8;
     struct Guess {
         int32_t expert;
-        size_t rank;
+        size_t rank;  // kRanks and more in a batch: by how many tokens make it
+    };
+    struct Trust {  // the share of guesses that came true, the older ones fading
+        double share = 0, watched = 0;
+        void add(bool right);
     };
 
     std::vector<int32_t> rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) const;
     std::vector<int32_t> worthwhile(int layer, std::vector<Guess> guesses);
+    double chance(int layer, size_t rank) const;
 
     const ExpertStore& store_;
     const ExpertBuffer& buffer_;
     int guessed_layer_ = -1;
     std::vector<Guess> absent_;       // of the guesses for that layer, those that were not in memory
-    double trust_[kRanks + 1] = {};   // by rank, share that came true of what had to be read; the last for batches
-    double watched_[kRanks + 1] = {};  // how many, at most kMemory
+    Trust all_, by_rank_[kRanks + kCounts + 1];
+    std::vector<Trust> by_layer_;
 };
 
 }  // namespace edgemoe
