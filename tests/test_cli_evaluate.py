@@ -210,3 +210,33 @@ def test_interrupted_keeps_what_is_complete(place: Place) -> None:
     assert place.store.load("law").quality
     of_maths = {row.expert_set for row in place.store.load("maths").quality}
     assert of_maths and all(kept.endswith("on text of law") for kept in of_maths), "its own text was not reached"
+
+
+def test_skipping_is_measured_without_tasks(place: Place) -> None:
+    result = place.run("--skip-mass", "0.3,0.1", "--tasks", "law")
+    assert "--skip-mass is measured without tasks" in result.stderr
+    assert result.exit_code == 2
+    command = ["evaluate", str(place.model), "--text", str(place.text), "--tokens", "64", "--window", "32"]
+    command += ["--threads", "1", "--ram", "1GiB", "--skip-mass", "0.5,0.1"]
+    table = click.testing.CliRunner().invoke(main, command)
+    assert table.exit_code == 0, table.stderr
+    assert [line.split()[0] for line in table.stdout.splitlines()] == ["skip-mass", "exact", "0.1", "0.5"]
+    document = json.loads(click.testing.CliRunner().invoke(main, [*command, "--json"]).stdout)
+    exact, little, much = document["rows"]
+    assert [row["skip_mass"] for row in document["rows"]] == [0, 0.1, 0.5]
+    assert exact["tokens"] == much["tokens"] == 2 * 16
+    assert exact["perplexity_change"] == exact["skipped_mass"] == 0
+    assert little["skipped_mass"] <= 0.1
+    assert 0 < much["skipped_mass"] <= 0.5
+    assert much["perplexity"] != exact["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"), [("much", "much is not a list of numbers"), ("0.6", "0.6 is no share"), ("0", "0.0 is no")]
+)
+def test_bounds_that_cannot_be_are_refused(place: Place, bounds: str, message: str) -> None:
+    result = click.testing.CliRunner().invoke(
+        main, ["evaluate", str(place.model), "--text", str(place.text), "--skip-mass", bounds]
+    )
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -72,6 +72,11 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
     show_default=True,
     help="main leaves out the sets that a task's other criteria, or the weights alone, choose.",
 )
+@click.option(
+    "--skip-mass",
+    metavar="P,P",
+    help="Measure run --skip-mass P instead of tasks: half of each window decoded, on all text in DIR.",
+)
 @options.STORE
 @options.RAM
 @options.THREADS
@@ -91,6 +96,7 @@ def command(
     tokens: int,
     window: int,
     arms: str,
+    skip_mass: str | None,
     store: Path | None,
     ram: str,
     threads: int | None,
@@ -109,6 +115,15 @@ def command(
     Perplexity is given as its change against the full model; KL is the divergence from the full model's predictions in
     nats per token, top-1 how often both expect the same token. What is measured of a task is kept in its pattern.
     """
+    if skip_mass is not None:
+        from edgemoe.cli.evaluate_skipping import evaluate_skipping, parse_bounds
+
+        if tasks or keep or csv_file or plot or per_task:
+            raise click.UsageError(
+                "--skip-mass is measured without tasks: leave --tasks, --keep, --csv, --plot and --per-task out."
+            )
+        evaluate_skipping(model, text, parse_bounds(skip_mass), tokens, window, ram, threads, io, quiet, json)
+        return
     import edgemoe.chat  # noqa: F401  (before the plan, which counts what this process holds)
     from edgemoe.arms import arms_of
     from edgemoe.cli import task_ui, ui

@@ -212,8 +212,9 @@ def open_for_text(
     io: str,
     reserved: Sequence[PlanLine],
     on_progress: Callable[[int, int], None] | None = None,
+    logits_all: bool = True,
 ) -> Llama:
-    """Load a model to evaluate text with, all of its tokens' logits kept.
+    """Load a model to evaluate text with, all of its tokens' logits kept unless only the last one's are asked for.
 
     Raises
     ------
@@ -231,7 +232,7 @@ def open_for_text(
         n_threads=threads,
         n_threads_batch=threads,
         flash_attn=True,
-        logits_all=True,
+        logits_all=logits_all,
         reserved=reserved,
         on_progress=on_progress,
     )
