@@ -159,7 +159,7 @@ class Llama(PlainLlama):
             forget_libraries()
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io, tuning)
         self.tap = RouterTap(self.store, self.index)
-        self.residency = Residency(self.store, self.index.moe_layers)
+        self.residency = Residency(self.store, self.index)
         kwargs.setdefault("verbose", False)
         # Both are settled: weights go to the expert buffer, and the prompt batch is what the plan counted with.
         kwargs.pop("use_mmap", None)

@@ -80,6 +80,8 @@ class Answer:
         Wall time that computation waited for experts; in which at least one read was under way.
     retries : int
         Reads that failed and were repeated.
+    prefetched_bytes, wasted_bytes : int
+        Read because the next layer was likely to need them; left without having been used.
     skipped_share, skipped_mass : float or None
         Share of the experts that the answer's tokens selected, and of the router's weights, that was left out, mean
         over tokens and layers, 0 to 1; None when nothing is skipped.
@@ -104,6 +106,7 @@ class Answer:
         self.prompt_bytes = self.generation_bytes = 0
         self.waited_seconds = self.busy_seconds = 0.0
         self.retries = 0
+        self.prefetched_bytes = self.wasted_bytes = 0
         self.skipped_share: float | None = None
         self.skipped_mass: float | None = None
         self._steps = 0
@@ -171,6 +174,8 @@ class Answer:
         self.waited_seconds = end.stats.read_seconds - start.stats.read_seconds
         self.busy_seconds = end.stats.busy_seconds - start.stats.busy_seconds
         self.retries = end.stats.retries - start.stats.retries
+        self.prefetched_bytes = end.stats.prefetched_bytes - start.stats.prefetched_bytes
+        self.wasted_bytes = end.stats.wasted_bytes - start.stats.wasted_bytes
         if routed := end.stats.routed_slots - start.stats.routed_slots:
             self.skipped_share = (end.stats.skipped_slots - start.stats.skipped_slots) / routed
             n_layer = end.stats.routed_layers - start.stats.routed_layers
@@ -232,6 +237,8 @@ class ChatSession:
         System message, empty for none.
     turns : list of Message
         User and assistant messages in turn, oldest first.
+    n_asked : int
+        Questions so far: what the next seed is counted with.
     dropped_turns : int
         Questions (with their answers) that the latest `ask` dropped to make room.
     """
@@ -239,10 +246,10 @@ class ChatSession:
     def __init__(self, llama: Llama, sampling: Sampling) -> None:
         self.system = ""
         self.turns: list[Message] = []
+        self.n_asked = 0
         self.dropped_turns = 0
         self._llama = llama
         self._sampling = sampling
-        self._asked = 0
 
     def ask(self, text: str) -> Answer:
         """Put a question; iterate over the result to get the answer.
@@ -259,8 +266,8 @@ class ChatSession:
         turns, prompt = self._fit([*self.turns, question])
         self.dropped_turns = (len(self.turns) + 1 - len(turns)) // 2
         self.turns = turns[:-1]
-        seed = (self._sampling.seed + self._asked) % 2**32
-        self._asked += 1
+        seed = (self._sampling.seed + self.n_asked) % 2**32
+        self.n_asked += 1
         chunks = self._llama.create_chat_completion(
             self._messages(turns),
             max_tokens=self._sampling.max_tokens,

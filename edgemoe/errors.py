@@ -8,6 +8,7 @@
      |   |- UnknownArchitectureError  an architecture the pinned llama.cpp does not load
      |- BudgetError                 --ram cannot be read, is absurd, or is too small (``needed`` would do)
      |- PromptError                 the prompt is longer than the context, or the chat template refuses it
+     |- SessionError                a session file cannot be read or written, or is of another model
      |- PatternError                a task's pattern cannot be read, written or used, or its name is no task name
      |   |- PatternMismatchError    the pattern was made for another model
      |- TraceError                  router traces are damaged, empty, or do not fit together or the criterion
@@ -33,6 +34,7 @@ __all__ = [
     "PatternError",
     "PatternMismatchError",
     "PromptError",
+    "SessionError",
     "StoreError",
     "TraceError",
     "UnknownArchitectureError",
@@ -74,6 +76,10 @@ class BudgetError(EdgemoeError):
 
 class PromptError(EdgemoeError):
     """The prompt or conversation cannot be evaluated: longer than the context, or refused by the chat template."""
+
+
+class SessionError(EdgemoeError):
+    """A session file cannot be read or written, is damaged, or belongs to another model."""
 
 
 class PatternError(EdgemoeError):

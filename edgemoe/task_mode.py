@@ -229,6 +229,22 @@ class TaskMode:
         self._activate(task)
         self.pinned = True
 
+    def resume(self, task: str | None, pinned: bool, residents: Mapping[int, tuple[int, ...]]) -> Switch:
+        """Go on as a saved session left off, with the experts in memory that it had.
+
+        Raises
+        ------
+        PatternError
+            If there is no such task.
+        """
+        assert self._residency is not None, "a model is loaded"
+        if task is not None and self.mode == "task":
+            self.switch = self._residency.restrict(self.experts_of(task))
+        else:
+            self.switch = self._residency.restore(residents, None if task is None else self.experts_of(task))
+        self.active, self.pinned = task, pinned
+        return self.switch
+
     def release(self) -> None:
         """Let the next prompt decide again."""
         self.pinned = False

@@ -35,7 +35,7 @@ class FakeLlama:
     """Answers from scripts; a token is a word, the template puts each message's role before it.
 
     Every token evaluated costs a hit and a miss of 1 MiB and, on `clock`, 0.1 s for a prompt token, 0.5 s for others.
-    What the disk is said to have done (`waited_seconds`, `busy_seconds`, `retries`) is up to the script. With a
+    What the disk is said to have done (`waited_seconds`, `retries` and so on) is up to the script. With a
     `skip_mass`, one expert of eight is skipped, and half of that mass.
     """
 
@@ -52,7 +52,7 @@ class FakeLlama:
         self.input_ids: list[int] = []
         self.clock = 0.0
         self.waited_seconds = self.busy_seconds = 0.0
-        self.retries = 0
+        self.prefetched_bytes = self.wasted_bytes = self.retries = 0
         self.skip_mass = 0.0
         self.closed = False
         self._n_ctx = n_ctx
@@ -139,8 +139,8 @@ class FakeLlama:
             arena_bytes=0,
             read_seconds=self.waited_seconds,
             busy_seconds=self.busy_seconds,
-            prefetched_bytes=0,
-            wasted_bytes=0,
+            prefetched_bytes=self.prefetched_bytes,
+            wasted_bytes=self.wasted_bytes,
             retries=self.retries,
             staged_layers=0,
             routed_slots=8 * n if self.skip_mass else 0,

@@ -15,11 +15,13 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click.testing
 import pytest
 from fake_llama import MIB, FakeLlama
+from plain_llama import TINY_MOE
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -29,11 +31,15 @@ from edgemoe.cli import main, ui
 from edgemoe.cli.options import ModelOptions
 from edgemoe.cli.terminal_input import TerminalInput
 from edgemoe.errors import StoreError
+from edgemoe.residency import Switch
 
+SWITCH = Switch(3 * MIB, 0.5)
 HELP = """\
 /task         show the tasks, and which is active
 /task NAME    use that task; /task all: all experts; /task auto: whatever the prompts are about
 /system TEXT  set the system message; without TEXT remove it
+/save FILE    save the conversation, its task, and which experts are in memory
+/load FILE    go on with a saved one
 /reset        forget the conversation
 /plan         show where the memory goes
 /stats        show what the latest answer took
@@ -138,13 +144,56 @@ def test_blank_before_a_slash_makes_it_text(monkeypatch: pytest.MonkeyPatch) -> 
     assert llama.prompts == ["user: /etc assistant:"]
 
 
+def test_session_files_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def model(*scripts: list[str]) -> FakeLlama:
+        llama = FakeLlama(*scripts)
+        llama.index.path = TINY_MOE
+        llama.store.residents = lambda: {0: (5, 1)}
+        llama.residency = SimpleNamespace(restore=lambda residents, preferred: restored.append(residents) or SWITCH)
+        return llama
+
+    restored: list[dict[int, tuple[int, ...]]] = []
+    talk = tmp_path / "talk.json"
+    result = converse(monkeypatch, model(["Yes."]), f"/system Be brief.\nReally?\n/save {talk}\n/save\n")
+    assert result.stderr.splitlines()[-2:] == [
+        f"Saved: {talk}.",
+        "edgemoe: /save needs a file, as in /save talk.json",
+    ]
+    llama = model(["Sure."])
+    result = converse(monkeypatch, llama, f"/load {talk}\nSure?\n")
+    assert result.stderr.splitlines()[0] == f"{talk}: 2 messages; 3.00 MiB of experts read in 0.5 s."
+    assert llama.prompts == ["system: Be brief. user: Really? assistant: Yes. user: Sure? assistant:"]
+    assert restored == [{0: (5, 1)}]
+    result = converse(monkeypatch, model(), f"/load {tmp_path / 'none.json'}\nHi\n")
+    assert result.exit_code == 1 and "none.json cannot be read" in result.stderr
+
+
+def test_a_session_is_saved_however_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    llama = FakeLlama(["Yes."], ["Well,", StoreError("the disk is gone")])
+    llama.index.path = TINY_MOE
+    llama.store.residents = lambda: {}
+    talk = tmp_path / "talk.json"
+    assert converse(monkeypatch, llama, "Really?\nAnd?\n", "--session", str(talk)).exit_code == 1
+    assert json.loads(talk.read_text())["turns"] == ["Really?", "Yes.", "And?", "Well,"]
+    talk.write_text("{")
+    llama = FakeLlama()
+    llama.index.path = TINY_MOE
+    result = converse(monkeypatch, llama, "Really?\n", "--session", str(talk))
+    assert (result.exit_code, llama.prompts, talk.read_text()) == (1, [], "{"), "what is damaged is not overwritten"
+
+
 def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     result = converse(monkeypatch, FakeLlama(["Yes."], has_chat_template=False), "Really?\n", "--quiet")
     assert (result.stdout, result.stderr) == ("Yes.\n", "")
 
 
 def test_json_is_a_line_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = converse(monkeypatch, FakeLlama(["Yes,", " two\nlines."], ["No."]), "Really?\nNo?\n", "--json")
+    def read_ahead() -> None:
+        llama.prefetched_bytes, llama.wasted_bytes = 4 * MIB, MIB
+        llama.waited_seconds, llama.busy_seconds, llama.retries = 0.5, 0.25, 2
+
+    llama = FakeLlama(["Yes,", read_ahead, " two\nlines."], ["No."])
+    result = converse(monkeypatch, llama, "Really?\nNo?\n", "--json")
     first, second = map(json.loads, result.stdout.splitlines())
     assert result.stderr == ""
     assert (first["text"], second["text"]) == ("Yes, two\nlines.", "No.")
@@ -166,6 +215,11 @@ def test_json_is_a_line_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None
         "prompt_bytes_read": 3 * MIB,
         "generation_bytes_read": 2 * MIB,
         "bytes_read_per_token": MIB,
+        "prefetched_bytes": 4 * MIB,
+        "wasted_bytes": MIB,
+        "waited_seconds": 0.5,
+        "busy_seconds": 0.25,
+        "retries": 2,
         "skip_mass": 0.0,
         "skipped_share": None,
         "skipped_mass": None,

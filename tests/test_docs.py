@@ -1,7 +1,8 @@
-"""The commands that docs/tasks.md shows are run in its order, with a model and text of its names in the folder."""
+"""The commands that the guides show are run in their order, with a model and text of their names in the folder."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -31,21 +32,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_commands_of_the_guide_run(folder: Path) -> None:
-    commands = re.findall(r"^\$ edgemoe (.*)$", (ROOT / "docs" / "tasks.md").read_text(), re.MULTILINE)
-    assert len(commands) >= 12
+def run_commands(document: str, folder: Path) -> int:
+    """Run them, give each the lines after it that begin with ``>``, and count them."""
+    text = (ROOT / "docs" / document).read_text()
+    commands = re.findall(r"^\$ edgemoe (.*)\n((?:> .*\n)*)", text, re.MULTILINE)
     environment = {**os.environ, "EDGEMOE_TASKS": str(folder / "tasks")}
-    for command in commands:
+    for command, typed in commands:
         done = subprocess.run(
             [sys.executable, "-m", "edgemoe", *shlex.split(command)],
             cwd=folder,
             env=environment,
+            input=re.sub("^> ", "", typed, flags=re.MULTILINE),
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return len(commands)
+
+
+def test_the_commands_of_the_guide_to_tasks_run(folder: Path) -> None:
+    assert run_commands("tasks.md", folder) >= 12
     assert (folder / "figures.csv").stat().st_size and (folder / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_commands_of_the_guide_to_chat_run(folder: Path) -> None:
+    assert run_commands("chat.md", folder) == 2
+    talk, before = (json.loads((folder / name).read_text()) for name in ("talk.json", "before-the-detour.json"))
+    assert before["turns"] == talk["turns"][:2]
+    assert (len(talk["turns"]), talk["turns"][2]) == (4, "And one that multiplies them?")
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)

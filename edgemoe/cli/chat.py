@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,19 @@ import click
 from edgemoe.chat import Answer, ChatSession
 from edgemoe.cli import options
 from edgemoe.cli.options import ModelOptions, utf8
-from edgemoe.errors import PatternError, PromptError
+from edgemoe.errors import EdgemoeError, PatternError, PromptError, SessionError
 from edgemoe.memory import format_bytes
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
+    from edgemoe.fingerprint import ModelFingerprint
 
 HELP = """\
 /task         show the tasks, and which is active
 /task NAME    use that task; /task all: all experts; /task auto: whatever the prompts are about
 /system TEXT  set the system message; without TEXT remove it
+/save FILE    save the conversation, its task, and which experts are in memory
+/load FILE    go on with a saved one
 /reset        forget the conversation
 /plan         show where the memory goes
 /stats        show what the latest answer took
@@ -32,8 +36,14 @@ Ctrl-C stops an answer, Alt-Enter starts a new line, a blank before / makes it t
 
 @click.command("chat")
 @options.MODEL
+@click.option(
+    "--session",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on with the conversation in this file, if there is one, and save it there on leaving.",
+)
 @options.model_options
-def command(model: Path, options: ModelOptions) -> None:
+def command(model: Path, session: Path | None, options: ModelOptions) -> None:
     """Talk with a model.
 
     On a terminal, /help lists the commands. Elsewhere each line of standard input is a message or a command. Answers go
@@ -56,15 +66,16 @@ def command(model: Path, options: ModelOptions) -> None:
     with llama:
         chat = _Chat(llama, options, on_terminal)
         chat.greet()
-        while True:
-            try:
-                line = read()
-                if line is None or not chat.take(line):
-                    break
-            except KeyboardInterrupt:
-                if not on_terminal:
-                    raise
-                ui.note("Ctrl-D or /quit leaves.")
+        with chat.saved_in(session) if session is not None else contextlib.nullcontext():
+            while True:
+                try:
+                    line = read()
+                    if line is None or not chat.take(line):
+                        break
+                except KeyboardInterrupt:
+                    if not on_terminal:
+                        raise
+                    ui.note("Ctrl-D or /quit leaves.")
 
 
 def _read_line() -> str | None:
@@ -95,6 +106,27 @@ class _Chat:
             )
         self._tell_task()
 
+    @contextlib.contextmanager
+    def saved_in(self, path: Path) -> Iterator[None]:
+        """Go on with a session file, and save the conversation there at the end, whatever ends it.
+
+        Raises
+        ------
+        SessionError
+            If the file cannot be used; a new one is made at once, so that this is told before anything is said.
+        """
+        if path.exists():
+            self._load(path)
+            if self._options.task is not None and self._llama.task_mode is not None:
+                self._llama.task_mode.pin(self._options.task)
+        else:
+            self._save(path)
+        self._tell_task()
+        try:
+            yield
+        finally:
+            self._save(path)
+
     def take(self, line: str) -> bool:
         """Obey a command or answer a message; False to leave."""
         if line.startswith("/"):
@@ -103,10 +135,14 @@ class _Chat:
             try:
                 self._answer(line.strip())
             except PromptError as error:
-                if not self._on_terminal:
-                    raise
-                click.echo(f"edgemoe: {error}", err=True)
+                self._refuse(error)
         return True
+
+    def _refuse(self, error: EdgemoeError) -> None:
+        """Say what cannot be done; where nobody is there to do something else, end."""
+        if not self._on_terminal:
+            raise error
+        click.echo(f"edgemoe: {error}", err=True)
 
     def _obey(self, line: str) -> bool:
         from edgemoe.cli import ui
@@ -124,6 +160,8 @@ class _Chat:
             self._note("No answer yet.")
         elif name == "/task":
             self._task(text.strip())
+        elif name in ("/save", "/load"):
+            self._save_or_load(name, text.strip())
         elif name == "/reset":
             self._session.reset()
             self._note("The conversation is forgotten.")
@@ -154,6 +192,63 @@ class _Chat:
         self._note(task_ui.mode_line(mode))
         if not name:
             self._note(f"tasks: {', '.join(mode.names)}")
+
+    def _save_or_load(self, name: str, text: str) -> None:
+        if not text:
+            click.echo(f"edgemoe: {name} needs a file, as in {name} talk.json", err=True)
+            return
+        path = Path(text)
+        try:
+            if name == "/load":
+                self._load(path)
+                self._tell_task()
+            else:
+                self._save(path)
+                self._note(f"Saved: {path}.")
+        except (SessionError, PatternError) as error:
+            self._refuse(error)
+
+    def _save(self, path: Path) -> None:
+        from edgemoe.session_file import SavedSession, write_session
+
+        assert self._llama.store is not None, "the model is open"
+        session, mode = self._session, self._llama.task_mode
+        saved = SavedSession(
+            system=session.system,
+            turns=tuple(turn["content"] for turn in session.turns),
+            n_asked=session.n_asked,
+            task=None if mode is None else mode.active,
+            pinned=mode is not None and mode.pinned,
+            residents=self._llama.store.residents(),
+        )
+        write_session(saved, self._fingerprint(), path)
+
+    def _load(self, path: Path) -> None:
+        from edgemoe.session_file import read_session
+
+        saved = read_session(path, self._fingerprint())
+        mode = self._llama.task_mode
+        if mode is None:
+            switch = self._llama.residency.restore(saved.residents, None)
+        else:
+            switch = mode.resume(saved.task, saved.pinned, saved.residents)
+        roles = ("user", "assistant")
+        session = self._session
+        session.system, session.n_asked = saved.system, saved.n_asked
+        session.turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(saved.turns)]
+        self._note(
+            f"{path}: {len(saved.turns):,} messages; {format_bytes(switch.bytes_read)} of experts read in"
+            f" {switch.seconds:.1f} s."
+        )
+        if mode is None and saved.task is not None:
+            self._note(f"Its task, {saved.task}, is not in force: --experts auto or task would use it.")
+
+    def _fingerprint(self) -> ModelFingerprint:
+        """Of the file as it is: --keep K/M changes what the model says of itself."""
+        from edgemoe.fingerprint import fingerprint
+        from edgemoe.index import read_index
+
+        return fingerprint(read_index(self._llama.index.path))
 
     def _tell_task(self) -> None:
         """Say so where the prompt has changed the task."""
