@@ -124,7 +124,8 @@ Experts draw(std::mt19937& random, int n, int used) {
     // The lower numbers more often, or there would be nothing to forecast.
     for (int k = 0; k < used; ++k) {
         const auto left = static_cast<uint32_t>(n - k);
-        std::swap(all[static_cast<size_t>(k)], all[static_cast<size_t>(k) + std::min(random() % left, random() % left)]);
+        std::swap(all[static_cast<size_t>(k)],
+                  all[static_cast<size_t>(k) + std::min(random() % left, random() % left)]);
     }
     all.resize(static_cast<size_t>(used));
     return all;

@@ -28,14 +28,14 @@ using Numbers = std::vector<float>;
 constexpr int64_t kEmbd = 21, kUsed = 3;
 
 struct Parts {
-    bool norm = true;            // a norm of its own in each layer
-    bool bias = false;           // of the router
+    bool norm = true;             // a norm of its own in each layer
+    bool bias = false;            // of the router
     bool selection_bias = false;  // for the choice only, of sigmoids
 };
 
 // Two MoE layers in a file: experts, and the routers' weights as numbers.
 class Routers {
- public:
+   public:
     Routers(Parts parts, uint64_t arena_bytes, uint32_t seed) : random_(seed), api_(fake_ggml::make_api()) {
         CHECK_EQUAL(api_.check_layout(), "");
         for (const int layer : {0, 1}) {
@@ -88,7 +88,7 @@ class Routers {
     std::unique_ptr<edgemoe::ExpertStore> store;
     std::unique_ptr<edgemoe::ExpertBuffer> buffer;
 
- private:
+   private:
     void describe(int layer, const std::string& name, const std::vector<int64_t>& ne) {
         const std::string full = "blk." + std::to_string(layer) + "." + name;
         size_t n = 1;
@@ -115,7 +115,7 @@ class Routers {
 // What llama.cpp has computed when layer 0 has selected its experts: a normalized state times the norm's weights, the
 // logits, the probabilities, their ranking, and a view of its first columns.
 class Selection {
- public:
+   public:
     Selection(Routers& routers, Parts parts, int64_t n_tokens, uint32_t seed)
         : n_tokens_(n_tokens), parts_(parts), routers_(routers) {
         std::mt19937 random(seed);
@@ -173,7 +173,7 @@ class Selection {
 
     Tensor norm{}, input{}, logits{}, probs{}, ranking{}, top_k{};
 
- private:
+   private:
     const int64_t n_tokens_;
     const Parts parts_;
     Routers& routers_;

@@ -24,7 +24,7 @@ constexpr int32_t kSlabs = 16, kJobs = 3;
 
 // A file of slabs of three pages, each read by up to three jobs, one a page, to the same place in memory.
 class Reading {
- public:
+   public:
     explicit Reading(int n_lanes, Io io = Io::pread)
         : page(page_size()), scratch_(random_bytes(kSlabs * kJobs * page, 1)), file_(scratch_.path()), io_(io) {
         std::string why;
@@ -71,14 +71,14 @@ class Reading {
     const std::string& path() const { return scratch_.path(); }
     std::unique_ptr<ReadLanes> lanes;
 
- private:
+   private:
     WithHeldDisk with_;
     const ScratchFile scratch_;
     MappedFile file_;
     const Io io_;
     std::byte* memory_ = nullptr;
 
- public:
+   public:
     HeldDisk& disk = with_.disk;
 };
 
@@ -377,7 +377,8 @@ TEST(any_order_of_everything) {
         std::mt19937 random(seed);
         Reading reading(static_cast<int>(seed % 3) + 2);
         if (seed % 2 == 1) {
-            reading.disk.fail([faults = std::mt19937(seed)](const HeldDisk::Read&) mutable { return faults() % 4 == 0; });
+            reading.disk.fail(
+                [faults = std::mt19937(seed)](const HeldDisk::Read&) mutable { return faults() % 4 == 0; });
         }
         for (int round = 0; round < 40; ++round) {
             reading.clear();

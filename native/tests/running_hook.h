@@ -24,10 +24,11 @@ inline TinyModel moe_model(uint64_t slab_bytes) {
 
 class Running {
    public:
-    Running(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes) : model_(model), api(fake_ggml::make_api()) {
+    Running(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes, edgemoe::Tuning tuning = {}, int n_lanes = 2)
+        : model_(model), api(fake_ggml::make_api()) {
         skip_without(io, model);
         CHECK_EQUAL(api.check_layout(), "");
-        store = std::make_unique<edgemoe::ExpertStore>(io, 2, arena_bytes);
+        store = std::make_unique<edgemoe::ExpertStore>(io, n_lanes, arena_bytes, tuning);
         for (const auto& file : model.files) {
             store->add_file(file->path());
         }

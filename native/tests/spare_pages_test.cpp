@@ -15,7 +15,7 @@ namespace {
 
 // Reserved address space, in pages.
 class Space {
- public:
+   public:
     explicit Space(size_t n_pages) : size_(n_pages * page_size()), base_(edgemoe::reserve_memory(size_)) {
         edgemoe::use_small_pages(base_, size_);
     }
@@ -28,7 +28,7 @@ class Space {
     size_t held() const { return count_resident(base_, size_); }
     size_t held(size_t page, size_t n) const { return count_resident(at(page), n * page_size()); }
 
- private:
+   private:
     const size_t size_;
     std::byte* const base_;
 };
