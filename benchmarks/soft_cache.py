@@ -1,12 +1,12 @@
-"""Measures what a task's pattern is worth as a cache: hit rate and bytes read against plain LRU and a hot-expert cache.
+"""Measures what a task's pattern is worth as a cache: hit rate and bytes read with it, without it, and with others.
 
     python -m benchmarks.soft_cache model.gguf --store tasks --text held-out
 
 Held-out text of each task is read token by token from a cold start, every way within the same arena, and every way
-gives the same logits. `lru` is `--experts all`; `own`, `wrong` and `common` are `--experts auto` with the text's own
-task, with the task that is least like it, and with all tasks merged into one: the experts that are hot whatever the
-text is about. What `auto` reads ahead counts as read. Lines for people go to standard error, the last line of standard
-output is JSON.
+gives the same logits. `lru` is `--experts all` where the least recently used leaves and nothing is read ahead, `all` is
+`--experts all`; `own`, `wrong` and `common` are `--experts auto` with the text's own task, with the task that is least
+like it, and with all tasks merged into one: the experts that are hot whatever the text is about. What is read ahead
+counts as read. Lines for people go to standard error, the last line of standard output is JSON.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from edgemoe.index import read_index
 from edgemoe.patterns import PatternStore
 from edgemoe.plan import headroom_of
 from edgemoe.router_tap import trace_memory
+from edgemoe.store import Tuning
 
 COMMON = "common"
-WAYS = ("lru", "own", "wrong", COMMON)
+WAYS = ("lru", "all", "own", "wrong", COMMON)
 N_BATCH = 512
 FIRST = 64  # tokens after a cold start
 
@@ -42,8 +43,10 @@ FIRST = 64  # tokens after a cold start
 def read(model: Path, ram: int, tokens: list[int], way: str, task: str, store: Path, threads: int) -> dict[str, float]:
     """One text, from a cold start."""
     options: dict[str, Any] = {"experts": "auto", "task": task, "tasks": store}
-    if way == "lru":
-        options = {"reserved": (trace_memory(read_index(model), N_BATCH),)}  # what `auto` sets aside: equal arenas
+    if way in ("lru", "all"):
+        # What `auto` sets aside: equal arenas.
+        options = {"reserved": (trace_memory(read_index(model), N_BATCH),)}
+        options["tuning"] = Tuning.plain() if way == "lru" else Tuning()
     with Llama(
         str(model),
         ram=ram,
@@ -101,6 +104,7 @@ def run(model: Path, store: Path, text: Path, shares: list[float], n_tokens: int
             for pattern in known:
                 chosen = {
                     "lru": "",
+                    "all": "",
                     "own": pattern.task,
                     "wrong": tasks_by_similarity(pattern, known)[-1].task,
                     COMMON: everyone.task,
