@@ -17,7 +17,8 @@ class Eviction {
 
     // n_expert of each MoE layer; forgets everything.
     virtual void resize(const std::vector<int>& n_expert) = 0;
-    // The next `n_tokens` tokens (a prompt batch, or one) pass the layer, the how-manieth with experts, and chose these.
+    // The next `n_tokens` tokens (a prompt batch, or one) pass the layer, the how-manieth with experts, and chose
+    // these.
     virtual void routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts) = 0;
     virtual void touch(int32_t entry) = 0;   // asked for: in memory from now on
     virtual void admit(int32_t entry) = 0;   // in memory from now on, without having been asked for

@@ -8,20 +8,13 @@
 
 namespace edgemoe {
 
-namespace {
-
-// Below this a dense tensor is not worth pages of its own: it is read through the page cache.
-constexpr uint64_t kSmallDense = uint64_t{64} << 10;
-
-template <typename Number>
-Number* as_pointer(uintptr_t address) {
-    return reinterpret_cast<Number*>(address);
-}
-
-}  // namespace
-
 ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning, uint64_t read_bytes)
-    : io_(io), arena_bytes_(arena_bytes), tuning_(tuning), read_bytes_(page_ceil(read_bytes)), lanes_(n_lanes) {
+    : io_(io),
+      arena_bytes_(arena_bytes),
+      tuning_(tuning),
+      read_bytes_(page_ceil(read_bytes)),
+      slabs_(io),
+      lanes_(n_lanes) {
     if (tuning.forecast) {
         order_ = std::make_unique<Forecast>();
     } else {
@@ -31,58 +24,28 @@ ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning
 
 ExpertStore::~ExpertStore() = default;
 
-int ExpertStore::add_file(const std::string& path) {
-    auto file = std::make_unique<MappedFile>(path);
-    std::string why;
-    if (io_ == Io::direct && !file->open_direct(why)) {
-        throw SystemError(path + ": " + why + "; use --io auto");
-    }
-    files_.push_back(std::move(file));
-    return static_cast<int>(files_.size()) - 1;
-}
-
 int ExpertStore::add_tensor(TensorSpec spec) {
-    const MappedFile& file = *files_.at(spec.file);
-    if (spec.n_bytes > file.size() || spec.offset > file.size() - spec.n_bytes) {
-        throw SystemError(spec.name + " lies outside " + file.path());
+    const bool is_expert = spec.n_expert > 0;
+    const int id = slabs_.add_tensor(std::move(spec));
+    if (is_expert) {
+        prepare_entries();
     }
-    Tensor tensor;
-    tensor.spec = std::move(spec);
-    const int id = static_cast<int>(tensors_.size());
-    if (tensor.spec.n_expert > 0) {
-        if (tensor.spec.layer < 0 || tensor.spec.n_bytes == 0 ||
-            tensor.spec.n_bytes % static_cast<uint64_t>(tensor.spec.n_expert) != 0) {
-            throw SystemError(tensor.spec.name + " cannot be divided into " + std::to_string(tensor.spec.n_expert) +
-                              " experts");
-        }
-        tensor.slab_bytes = tensor.spec.n_bytes / static_cast<uint64_t>(tensor.spec.n_expert);
-        layers_.resize(std::max(layers_.size(), static_cast<size_t>(tensor.spec.layer) + 1));
-        Layer& layer = layers_[tensor.spec.layer];
-        if (layer.tensors.size() == kMaxParts || (!layer.tensors.empty() && layer.n_expert != tensor.spec.n_expert)) {
-            throw SystemError(tensor.spec.name + " does not match the other expert tensors of its layer");
-        }
-        layer.n_expert = tensor.spec.n_expert;
-        tensor.part = static_cast<int>(layer.tensors.size());
-        layer.tensors.push_back(id);
-        number_entries();
-    }
-    tensors_.push_back(std::move(tensor));
     return id;
 }
 
-void ExpertStore::number_entries() {
+void ExpertStore::prepare_entries() {
     entries_.clear();
     std::vector<int> n_expert;
-    for (size_t l = 0; l < layers_.size(); ++l) {
-        if (layers_[l].n_expert > 0) {
-            layers_[l].number = static_cast<int>(n_expert.size());
-            n_expert.push_back(layers_[l].n_expert);
-        }
-        layers_[l].first_entry = static_cast<int32_t>(entries_.size());
+    for (size_t layer = 0; layer < slabs_.layers().size(); ++layer) {
+        const int n = slabs_.layers()[layer].n_expert;
         Entry entry;
-        entry.layer = static_cast<int32_t>(l);
-        entries_.insert(entries_.end(), layers_[l].n_expert, entry);
+        entry.layer = static_cast<int32_t>(layer);
+        entries_.insert(entries_.end(), n, entry);
+        if (n > 0) {
+            n_expert.push_back(n);
+        }
     }
+    resident_slabs_.assign(slabs_.layers().size(), 0);
     order_->resize(n_expert);
     lanes_.resize(static_cast<int32_t>(entries_.size()) * kMaxParts);
 }
@@ -112,42 +75,18 @@ bool ExpertStore::probe_direct(const std::string& path, uint64_t offset, std::st
 
 // ---------------------------------------------------------------- place
 
-uint64_t ExpertStore::place_size(int id) const {
-    const TensorSpec& spec = tensors_[id].spec;
-    if (spec.n_expert == 0 && spec.n_bytes < kSmallDense) {
-        return spec.n_bytes;
-    }
-    // One page to reach the congruent address, and a whole page at either end that no other tensor touches.
-    return spec.n_bytes + 3 * page_size();
-}
-
 std::byte* ExpertStore::place(int id, std::byte* region) {
-    Tensor& tensor = tensors_[id];
-    const TensorSpec& spec = tensor.spec;
-    if (spec.n_expert == 0 && spec.n_bytes < kSmallDense) {
-        return region;
-    }
-    const auto start = static_cast<uintptr_t>(page_ceil(reinterpret_cast<uintptr_t>(region)));
-    std::byte* data = as_pointer<std::byte>(start + spec.offset % page_size());
-    if (spec.n_expert == 0) {
-        return data;
-    }
-    tensor.data = data;
-    const size_t whole = page_ceil(spec.offset % page_size() + spec.n_bytes);
-    placed_bytes_ += whole;
-    all_fit_ = placed_bytes_ <= arena_bytes_;
-    if (io_ != Io::mmap) {
-        use_small_pages(as_pointer<std::byte>(start), whole);
-    }
+    std::byte* data = slabs_.place(id, region);
+    all_fit_ = slabs_.placed_bytes() <= arena_bytes_;
     return data;
 }
 
 void ExpertStore::read_dense(int id, std::byte* to) {
-    const TensorSpec& spec = tensors_[id].spec;
-    const MappedFile& file = *files_[spec.file];
+    const TensorSpec& spec = tensor(id);
+    const MappedFile& file = slabs_.file_of(slabs_.tensors()[id]);
     file.check_unchanged();
     jobs_.clear();
-    const bool direct = io_ == Io::direct && spec.n_bytes >= kSmallDense;
+    const bool direct = io_ == Io::direct && !Slabs::is_small_dense(spec);
     const uint64_t slack = direct ? spec.offset % page_size() : 0;
     const uint64_t start = spec.offset - slack;
     const uint64_t needed = spec.n_bytes + slack;
@@ -167,53 +106,20 @@ void ExpertStore::read_dense(int id, std::byte* to) {
 // ---------------------------------------------------------------- pages
 
 bool ExpertStore::is_resident(const Tensor& tensor, int expert) const {
-    const Layer& layer = layers_[tensor.spec.layer];
-    return (entries_[layer.first_entry + expert].resident >> tensor.part & 1) != 0;
-}
-
-ExpertStore::Pages ExpertStore::pages_of(const Tensor& tensor, int expert) const {
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.data) + static_cast<uintptr_t>(expert) * tensor.slab_bytes;
-    return {page_floor(begin), page_ceil(begin + tensor.slab_bytes)};
-}
-
-// The pages of a slab that none of the others that `hold` needs. Slabs may be smaller than a page, so several
-// neighbours on either side can reach into the first and the last one.
-template <typename Holds>
-ExpertStore::Pages ExpertStore::pages_without(const Tensor& tensor, int expert, const Holds& hold) const {
-    Pages own = pages_of(tensor, expert);
-    for (int before = expert - 1; before >= 0; --before) {
-        const Pages other = pages_of(tensor, before);
-        if (other.last <= own.first) {
-            break;
-        }
-        if (hold(before)) {
-            own.first = other.last;
-            break;
-        }
-    }
-    for (int after = expert + 1; after < tensor.spec.n_expert; ++after) {
-        const Pages other = pages_of(tensor, after);
-        if (other.first >= own.last) {
-            break;
-        }
-        if (hold(after)) {
-            own.last = other.first;
-            break;
-        }
-    }
-    return own;
+    const int32_t entry = in(tensor.spec.layer).first_entry + expert;
+    return (entries_[entry].resident >> tensor.part & 1) != 0;
 }
 
 // What memory a slab takes or gives back: the pages that no other resident slab needs.
-ExpertStore::Pages ExpertStore::exclusive_pages(const Tensor& tensor, int expert) const {
-    return pages_without(tensor, expert, [&](int other) { return is_resident(tensor, other); });
+Pages ExpertStore::exclusive_pages(const Tensor& tensor, int expert) const {
+    return Slabs::pages_without(tensor, expert, [&](int other) { return is_resident(tensor, other); });
 }
 
 // What has to be read for a slab: all but the pages of those whose bytes are there, or are waited for together with it.
 // One that is merely expected may be taken back, and nobody waits for it.
-ExpertStore::Pages ExpertStore::unread_pages(const Tensor& tensor, int expert) const {
-    return pages_without(tensor, expert, [&](int other) {
-        const int32_t entry = layers_[tensor.spec.layer].first_entry + other;
+Pages ExpertStore::unread_pages(const Tensor& tensor, int expert) const {
+    return Slabs::pages_without(tensor, expert, [&](int other) {
+        const int32_t entry = in(tensor.spec.layer).first_entry + other;
         const int32_t slab = slab_of(entry, tensor.part);
         return is_resident(tensor, other) &&
                ((entries_[entry].pinned >> tensor.part & 1) != 0 || (!lanes_.arriving(slab) && !lanes_.failed(slab)));
@@ -222,22 +128,18 @@ ExpertStore::Pages ExpertStore::unread_pages(const Tensor& tensor, int expert) c
 
 // ---------------------------------------------------------------- serve
 
-int ExpertStore::n_parts(int layer) const {
-    return layer >= 0 && layer < static_cast<int>(layers_.size()) ? static_cast<int>(layers_[layer].tensors.size()) : 0;
-}
-
 bool ExpertStore::fits(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
-    const Layer& in = layers_[layer];
-    std::vector<bool> seen(in.n_expert, false);
+    const Layer& its = in(layer);
+    std::vector<bool> seen(its.n_expert, false);
     uint64_t bytes = 0;
     for (const int32_t expert : experts) {
-        if (expert < 0 || expert >= in.n_expert || seen[expert]) {
+        if (expert < 0 || expert >= its.n_expert || seen[expert]) {
             continue;
         }
         seen[expert] = true;
-        for (size_t part = 0; part < in.tensors.size(); ++part) {
+        for (size_t part = 0; part < its.tensors.size(); ++part) {
             if ((parts >> part & 1) != 0) {
-                bytes += pages_of(tensors_[in.tensors[part]], expert).bytes();
+                bytes += Slabs::all_pages(tensor_of(its.tensors[part]), expert).bytes();
             }
         }
     }
@@ -251,32 +153,19 @@ void ExpertStore::release() {
     pinned_.clear();
 }
 
-int ExpertStore::n_expert(int layer) const {
-    if (n_parts(layer) == 0) {
-        throw SystemError("layer " + std::to_string(layer) + " was asked for experts, but the model has none there");
-    }
-    return layers_[layer].n_expert;
-}
-
 void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
     const int n = n_expert(layer);
-    const Layer& in = layers_[layer];
+    const Layer& its = in(layer);
     for (const int32_t expert : experts) {
         if (expert < 0 || expert >= n) {
             throw SystemError("layer " + std::to_string(layer) + " asked for expert " + std::to_string(expert) +
                               " of " + std::to_string(n) + ": the router's output is not what it should be");
         }
     }
-    for (const int id : in.tensors) {
-        if ((parts >> tensors_[id].part & 1) != 0 && tensors_[id].data == nullptr) {
-            throw SystemError(tensors_[id].spec.name + " is in the model file, but llama.cpp gave it no memory");
+    for (const int id : its.tensors) {
+        if ((parts >> tensor_of(id).part & 1) != 0 && tensor_of(id).data == nullptr) {
+            throw SystemError(tensor_of(id).spec.name + " is in the model file, but llama.cpp gave it no memory");
         }
-    }
-}
-
-void ExpertStore::check_files() const {
-    for (const auto& file : files_) {
-        file->check_unchanged();
     }
 }
 
@@ -289,20 +178,20 @@ void ExpertStore::warm(int layer, const std::vector<int32_t>& experts) {
 
 void ExpertStore::prefer(int layer, const std::vector<int32_t>& experts) {
     check_request(layer, 0, experts);
-    const Layer& in = layers_[layer];
-    for (int32_t expert = 0; expert < in.n_expert; ++expert) {
-        entries_[in.first_entry + expert].preferred = false;
+    const Layer& its = in(layer);
+    for (int32_t expert = 0; expert < its.n_expert; ++expert) {
+        entries_[its.first_entry + expert].preferred = false;
     }
     for (const int32_t expert : experts) {
-        entries_[in.first_entry + expert].preferred = true;
+        entries_[its.first_entry + expert].preferred = true;
     }
-    order_->prefer(in.number, experts);
+    order_->prefer(its.number, experts);
 }
 
 void ExpertStore::routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts) {
     check_request(layer, 0, experts);
     if (!all_fit_) {  // else nobody ever has to leave
-        order_->routed(layers_[layer].number, n_tokens, experts);
+        order_->routed(in(layer).number, n_tokens, experts);
     }
 }
 
@@ -310,10 +199,10 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     release();
     check_request(layer, parts, experts);
     drop_failed();
-    const Layer& in = layers_[layer];
+    const Layer& its = in(layer);
     // Pin all of the request before anything is evicted for a part of it.
     for (const int32_t expert : experts) {
-        const int32_t entry = in.first_entry + expert;
+        const int32_t entry = its.first_entry + expert;
         if (entries_[entry].pinned == 0) {
             entries_[entry].pinned = static_cast<uint8_t>(parts);
             pinned_.push_back(entry);
@@ -322,14 +211,14 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     }
     settle_expectations(layer);
     jobs_.clear();
-    serving_ = in.number;
+    serving_ = its.number;
     sparing_ = !counted;
     order_->seek(serving_);
     try {
         for (const int32_t entry : pinned_) {
             const bool expected = std::exchange(entries_[entry].unused, false);
-            for (const int id : in.tensors) {
-                const int part = tensors_[id].part;
+            for (const int id : its.tensors) {
+                const int part = tensor_of(id).part;
                 if ((parts >> part & 1) == 0) {
                     continue;
                 }
@@ -342,8 +231,8 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                     continue;
                 }
                 misses_ += counted ? 1 : 0;
-                if (!make_room(tensors_[id], entry - in.first_entry) &&
-                    !(abandon_expectations() && make_room(tensors_[id], entry - in.first_entry))) {
+                if (!make_room(tensor_of(id), entry - its.first_entry) &&
+                    !(abandon_expectations() && make_room(tensor_of(id), entry - its.first_entry))) {
                     throw SystemError("the selected experts of one layer need more than the arena of " +
                                       std::to_string(arena_bytes_) + " bytes; raise --ram or lower --ubatch");
                 }
@@ -353,15 +242,14 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
         spares_.shrink(arena_bytes_ - resident_bytes_);
         peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
         if (!jobs_.empty()) {
-            check_files();
+            slabs_.check_files();
         }
     } catch (const SystemError& error) {
         give_up(error.what());
     }
     // In the order in which they will be needed: all of a part before any of the next one.
-    std::stable_sort(jobs_.begin(), jobs_.end(), [](const ReadJob& a, const ReadJob& b) {
-        return a.slab % kMaxParts < b.slab % kMaxParts;
-    });
+    std::stable_sort(jobs_.begin(), jobs_.end(),
+                     [](const ReadJob& a, const ReadJob& b) { return a.slab % kMaxParts < b.slab % kMaxParts; });
     lanes_.submit(jobs_, Urgency::demanded);
 }
 
@@ -391,12 +279,11 @@ void ExpertStore::wait(uint32_t parts) {
         lanes_.wait(slabs);
         read_ns_ += now_ns() - started;
         if (!unverified_.empty()) {
-            check_files();  // what was read while somebody wrote is worth nothing
-            unverified_.erase(std::remove_if(unverified_.begin(), unverified_.end(),
-                                             [this](int32_t slab) {
-                                                 return !lanes_.arriving(slab) && !lanes_.failed(slab);
-                                             }),
-                              unverified_.end());
+            slabs_.check_files();  // what was read while somebody wrote is worth nothing
+            unverified_.erase(
+                std::remove_if(unverified_.begin(), unverified_.end(),
+                               [this](int32_t slab) { return !lanes_.arriving(slab) && !lanes_.failed(slab); }),
+                unverified_.end());
         }
         check_mapping();
     } catch (const SystemError& error) {
@@ -437,9 +324,9 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
     }
     check_request(layer, (1U << n_parts(layer)) - 1, experts);
     drop_failed();
-    const Layer& in = layers_[layer];
+    const Layer& its = in(layer);
     for (const int32_t expert : experts) {
-        const int32_t entry = in.first_entry + expert;
+        const int32_t entry = its.first_entry + expert;
         if (!std::exchange(entries_[entry].expected, true)) {
             expected_.push_back(entry);
         }
@@ -447,10 +334,10 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
     order_->seek(serving_);
     bool room = true;
     for (auto expert = experts.begin(); expert != experts.end() && room; ++expert) {
-        const int32_t entry = in.first_entry + *expert;
+        const int32_t entry = its.first_entry + *expert;
         jobs_.clear();
-        for (const int id : in.tensors) {
-            const Tensor& tensor = tensors_[id];
+        for (const int id : its.tensors) {
+            const Tensor& tensor = tensor_of(id);
             if ((entries_[entry].resident >> tensor.part & 1) != 0 || !(room = room && make_room(tensor, *expert))) {
                 continue;
             }
@@ -513,7 +400,7 @@ void ExpertStore::take_back(int32_t entry) {
         const int32_t slab = slab_of(entry, part);
         if ((entries_[entry].resident >> part & 1) != 0 && lanes_.arriving(slab) && lanes_.cancel(slab)) {
             parts |= 1U << part;
-            expected_bytes_ -= tensors_[layers_[entries_[entry].layer].tensors[part]].slab_bytes;
+            expected_bytes_ -= tensor_of(in(entries_[entry].layer).tensors[part]).slab_bytes;
             unverified_.erase(std::remove(unverified_.begin(), unverified_.end(), slab), unverified_.end());
         }
     }
@@ -524,16 +411,16 @@ void ExpertStore::take_back(int32_t entry) {
 
 // Counts a slab as resident and plans the reading of what it lacks.
 void ExpertStore::add(int32_t entry, int part) {
-    Layer& layer = layers_[entries_[entry].layer];
-    const Tensor& tensor = tensors_[layer.tensors[part]];
-    const int expert = entry - layer.first_entry;
+    const Layer& its = in(entries_[entry].layer);
+    const Tensor& tensor = tensor_of(its.tensors[part]);
+    const int expert = entry - its.first_entry;
     const Pages missing = exclusive_pages(tensor, expert);
     resident_bytes_ += missing.bytes();
     entries_[entry].resident |= static_cast<uint8_t>(1U << part);
-    ++layer.resident_slabs;
+    ++resident_slabs_[entries_[entry].layer];
     unverified_.push_back(slab_of(entry, part));
-    if (const Pages own = own_pages(tensor, expert); own.bytes() > 0) {
-        spares_.take(as_pointer<std::byte>(own.first), own.bytes());
+    if (const Pages own = Slabs::own_pages(tensor, expert); own.bytes() > 0) {
+        spares_.take(own.begin(), own.bytes());
     }
     const int32_t slab = slab_of(entry, part);
     lanes_.forget(slab);
@@ -541,18 +428,18 @@ void ExpertStore::add(int32_t entry, int part) {
 }
 
 void ExpertStore::plan_read(int32_t slab, const Tensor& tensor, int expert, Pages missing, Pages unread) {
-    const MappedFile& file = *files_[tensor.spec.file];
+    const MappedFile& file = slabs_.file_of(tensor);
     uint64_t begin = tensor.spec.offset + static_cast<uint64_t>(expert) * tensor.slab_bytes;
     uint64_t n_bytes = tensor.slab_bytes;
     std::byte* to = tensor.data + static_cast<uint64_t>(expert) * tensor.slab_bytes;
     if (io_ == Io::mmap && missing.bytes() > 0) {
         // Resident slabs only: around a fault the kernel maps whatever else of the mapping is in its page cache.
-        file.map_over(as_pointer<std::byte>(missing.first), file_offset(tensor, missing.first), missing.bytes());
+        file.map_over(missing.begin(), Slabs::file_offset(tensor, missing.first), missing.bytes());
     }
     if (io_ != Io::pread) {
-        begin = file_offset(tensor, unread.first);
+        begin = Slabs::file_offset(tensor, unread.first);
         n_bytes = unread.bytes();
-        to = as_pointer<std::byte>(unread.first);
+        to = unread.begin();
     }
     for (uint64_t at = 0; at < n_bytes; at += read_bytes_) {
         const uint64_t n = std::min<uint64_t>(read_bytes_, n_bytes - at);
@@ -596,13 +483,13 @@ uint32_t ExpertStore::removable_parts(int32_t entry) const {
 
 void ExpertStore::drop(int32_t entry, uint32_t parts) {
     parts &= entries_[entry].resident;
-    Layer& layer = layers_[entries_[entry].layer];
-    const int expert = entry - layer.first_entry;
-    for (size_t part = 0; part < layer.tensors.size(); ++part) {
+    const Layer& its = in(entries_[entry].layer);
+    const int expert = entry - its.first_entry;
+    for (size_t part = 0; part < its.tensors.size(); ++part) {
         if ((parts >> part & 1) != 0) {
-            const Tensor& tensor = tensors_[layer.tensors[part]];
+            const Tensor& tensor = tensor_of(its.tensors[part]);
             entries_[entry].resident &= static_cast<uint8_t>(~(1U << part));
-            --layer.resident_slabs;
+            --resident_slabs_[entries_[entry].layer];
             wasted_bytes_ += entries_[entry].unused ? tensor.slab_bytes : 0;
             drop_pages(tensor, expert);
         }
@@ -620,51 +507,39 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
         return;
     }
     resident_bytes_ -= pages.bytes();
-    std::byte* base = as_pointer<std::byte>(pages.first);
+    std::byte* base = pages.begin();
     if (io_ == Io::mmap) {
-        const MappedFile& file = *files_[tensor.spec.file];
+        const MappedFile& file = slabs_.file_of(tensor);
         reserve_over(base, pages.bytes());
-        file.forget(file_offset(tensor, pages.first), pages.bytes());
+        file.forget(Slabs::file_offset(tensor, pages.first), pages.bytes());
         return;
     }
-    const Pages own = own_pages(tensor, expert);
+    const Pages own = Slabs::own_pages(tensor, expert);
     if (!tuning_.recycle || own.bytes() == 0) {
         discard(base, pages.bytes());
         return;
     }
     discard(base, own.first - pages.first);
-    spares_.give(as_pointer<std::byte>(own.first), own.bytes());
-    discard(as_pointer<std::byte>(own.last), pages.last - own.last);
-}
-
-// Those that lie wholly within a slab.
-ExpertStore::Pages ExpertStore::own_pages(const Tensor& tensor, int expert) const {
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.data) + static_cast<uintptr_t>(expert) * tensor.slab_bytes;
-    return {page_ceil(begin), page_floor(begin + tensor.slab_bytes)};
-}
-
-uint64_t ExpertStore::file_offset(const Tensor& tensor, uintptr_t page) const {
-    return page_floor(tensor.spec.offset) + (page - page_floor(reinterpret_cast<uintptr_t>(tensor.data)));
+    spares_.give(own.begin(), own.bytes());
+    discard(own.begin() + own.bytes(), pages.last - own.last);
 }
 
 void ExpertStore::check_mapping() const {
     if (io_ != Io::mmap) {
         return;
     }
-    for (const auto& file : files_) {
-        file->check_unchanged();
-    }
+    slabs_.check_files();
     if (guard_.faulted()) {
         throw SystemError("the model file became shorter while it was mapped; its experts can no longer be trusted");
     }
 }
 
 std::vector<std::vector<int32_t>> ExpertStore::residents() {
-    std::vector<std::vector<int32_t>> found(layers_.size());
+    std::vector<std::vector<int32_t>> found(slabs_.layers().size());
     order_->seek(serving_);
     for (int32_t entry = order_->next_victim(); entry != Eviction::kNone; entry = order_->next_victim()) {
         const int32_t layer = entries_[entry].layer;
-        const int32_t expert = entry - layers_[layer].first_entry;
+        const int32_t expert = entry - in(layer).first_entry;
         if (resident(layer, expert)) {
             found[layer].push_back(expert);
         }

@@ -6,9 +6,9 @@
 // down or gate_up). The *arena* is the memory that all slabs together may occupy.
 //
 // Contract
-// - A place is congruent to the tensor's file offset modulo the page size, so file pages land on memory pages and no
-//   byte is copied. Neighbouring slabs may share a boundary page: it is read with the first of them (or with both, while
-//   both are on their way: the same bytes), and goes back to the system with the last.
+// - A page that neighbouring slabs share is read with the first of them (or with both, while both are on their way: the
+//   same bytes), and goes back to the system with the last. Direct reads write nothing else; pread only the slab's
+//   bytes.
 // - `request` has the asked slabs read, `wait` returns once those of some parts are in place; they stay there until the
 //   next `request` or `release`. `acquire` is both. They throw SystemError when the slabs cannot be had; nothing
 //   half-read counts as resident afterwards.
@@ -29,20 +29,10 @@
 #include "eviction.h"
 #include "mapped_file.h"
 #include "read_lanes.h"
+#include "slabs.h"
 #include "spare_pages.h"
 
 namespace edgemoe {
-
-constexpr int kMaxParts = 4;
-
-struct TensorSpec {
-    std::string name;
-    int file = 0;         // index given by add_file
-    uint64_t offset = 0;  // of the first byte in that file
-    uint64_t n_bytes = 0;
-    int layer = -1;    // -1: not an expert tensor
-    int n_expert = 0;  // slabs in the tensor, equal in size; 0: not an expert tensor
-};
 
 struct StoreStats {
     uint64_t hits = 0;            // slabs asked for that were in memory or on their way
@@ -75,32 +65,32 @@ class ExpertStore {
     ~ExpertStore();
 
     // -------- describe the model, before anything is placed
-    int add_file(const std::string& path);
+    int add_file(const std::string& path) { return slabs_.add_file(path); }
     int add_tensor(TensorSpec spec);
-    int n_tensors() const { return static_cast<int>(tensors_.size()); }
-    const TensorSpec& tensor(int id) const { return tensors_[id].spec; }
+    int n_tensors() const { return static_cast<int>(slabs_.tensors().size()); }
+    const TensorSpec& tensor(int id) const { return tensor_of(id).spec; }
 
     // Tests on the file's own bytes whether O_DIRECT transfers work; where they do not, `why` says what happened.
     static bool probe_direct(const std::string& path, uint64_t offset, std::string& why);
 
     // -------- place
     // `region` starts anywhere and has `place_size(id)` bytes; returns where the tensor's first byte is.
-    uint64_t place_size(int id) const;
+    uint64_t place_size(int id) const { return slabs_.place_size(id); }
     std::byte* place(int id, std::byte* region);
     void read_dense(int id, std::byte* to);                             // blocking; for tensors that are not experts
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
 
     // -------- serve
-    int n_parts(int layer) const;
-    int n_expert(int layer) const;  // throws SystemError where there are none
-    int last_layer() const { return static_cast<int>(layers_.size()) - 1; }  // of those with experts
-    int part_of(int id) const { return tensors_[id].part; }
-    // Every expert of the layer is resident and none will ever have to leave: the layer needs no `acquire` any more.
-    bool settled(int layer) const {
-        return all_fit_ && layers_[layer].resident_slabs == layers_[layer].n_expert * n_parts(layer);
+    int n_parts(int layer) const {
+        return layer >= 0 && layer <= last_layer() ? static_cast<int>(in(layer).tensors.size()) : 0;
     }
+    int n_expert(int layer) const { return slabs_.n_expert(layer); }  // throws SystemError where there are none
+    int last_layer() const { return static_cast<int>(slabs_.layers().size()) - 1; }  // of those with experts
+    int part_of(int id) const { return tensor_of(id).part; }
+    // Every expert of the layer is resident and none will ever have to leave: the layer needs no `acquire` any more.
+    bool settled(int layer) const { return all_fit_ && resident_slabs_[layer] == in(layer).n_expert * n_parts(layer); }
     bool resident(int layer, int32_t expert) const {
-        return entries_[layers_[layer].first_entry + expert].resident == (1U << n_parts(layer)) - 1;
+        return entries_[in(layer).first_entry + expert].resident == (1U << n_parts(layer)) - 1;
     }
     // So many tokens pass the layer and chose these, each as often as it was chosen; before they are asked for.
     void routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts);
@@ -134,19 +124,8 @@ class ExpertStore {
     void check_mapping() const;
 
    private:
-    struct Tensor {
-        TensorSpec spec;
-        int part = 0;
-        uint64_t slab_bytes = 0;
-        std::byte* data = nullptr;
-    };
-    struct Layer {
-        int n_expert = 0;
-        int number = -1;  // among those with experts
-        int32_t first_entry = 0;
-        int32_t resident_slabs = 0;
-        std::vector<int> tensors;  // by part
-    };
+    using Tensor = Slabs::Tensor;
+    using Layer = Slabs::Layer;
     struct Entry {
         int32_t layer = 0;
         uint8_t resident = 0;  // bit per part, from when it is asked of the disk
@@ -155,14 +134,8 @@ class ExpertStore {
         bool unused = false;    // it came because it was expected, and has not been asked for yet
         bool preferred = false;
     };
-    struct Pages {
-        uintptr_t first, last;  // addresses, last exclusive
-        uint64_t bytes() const { return last > first ? last - first : 0; }
-    };
-
-    Pages pages_of(const Tensor& tensor, int expert) const;
-    template <typename Holds>
-    Pages pages_without(const Tensor& tensor, int expert, const Holds& hold) const;
+    const Layer& in(int layer) const { return slabs_.layers()[layer]; }
+    const Tensor& tensor_of(int id) const { return slabs_.tensors()[id]; }
     Pages exclusive_pages(const Tensor& tensor, int expert) const;
     Pages unread_pages(const Tensor& tensor, int expert) const;
     bool is_resident(const Tensor& tensor, int expert) const;
@@ -175,24 +148,20 @@ class ExpertStore {
     [[noreturn]] void give_up(const std::string& failure);
     void drop(int32_t entry, uint32_t parts);
     void drop_pages(const Tensor& tensor, int expert);
-    uint64_t file_offset(const Tensor& tensor, uintptr_t page) const;
     void bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted);
     void check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
-    void check_files() const;
     void add(int32_t entry, int part);
     void plan_read(int32_t slab, const Tensor& tensor, int expert, Pages missing, Pages unread);
-    Pages own_pages(const Tensor& tensor, int expert) const;
     static int32_t slab_of(int32_t entry, int part) { return entry * kMaxParts + part; }
-    void number_entries();
+    void prepare_entries();
 
     const Io io_;
     const uint64_t arena_bytes_;
     const Tuning tuning_;
     const uint64_t read_bytes_;
-    std::vector<std::unique_ptr<MappedFile>> files_;
-    std::vector<Tensor> tensors_;
-    std::vector<Layer> layers_;
+    Slabs slabs_;
     std::vector<Entry> entries_;
+    std::vector<int32_t> resident_slabs_;  // by layer
     std::vector<int32_t> pinned_;
     std::vector<int32_t> expected_;
     std::vector<int32_t> unverified_;  // slabs added since the files were last seen to be unchanged
@@ -205,9 +174,9 @@ class ExpertStore {
     ReadLanes lanes_;
 
     std::atomic<uint64_t> hits_{0}, misses_{0}, expected_hits_{0}, evictions_{0}, dense_bytes_{0};
-    std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0}, expected_bytes_{0}, wasted_bytes_{0}, dense_read_{0};
-    uint64_t placed_bytes_ = 0;  // pages of all placed expert tensors
-    bool all_fit_ = true;        // placed_bytes_ is within the arena
+    std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0}, expected_bytes_{0}, wasted_bytes_{0},
+        dense_read_{0};
+    bool all_fit_ = true;  // all pages of all experts are within the arena
 };
 
 }  // namespace edgemoe

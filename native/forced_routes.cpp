@@ -47,7 +47,8 @@ void ForcedRoutes::apply(int layer, ggml::Tensor* top_k) {
         batch_end_ += n_tokens;
     }
     if (batch_end_ > n_rows_ || n_tokens > batch_end_) {
-        throw SystemError("routes to force were given for " + std::to_string(n_rows_) + " tokens, and more are computed");
+        throw SystemError("routes to force were given for " + std::to_string(n_rows_) +
+                          " tokens, and more are computed");
     }
     for (int64_t token = 0; token < n_tokens; ++token) {
         std::memcpy(static_cast<char*>(top_k->data) + static_cast<size_t>(token) * top_k->nb[1],

@@ -12,7 +12,7 @@ constexpr double kHalfLives[] = {0, 1, 4, 16, 64};  // tokens; the prior has non
 constexpr double kLearn = 0.02;                     // weight of one token against all before it
 constexpr double kShared = 0.02;                    // part of the weights that all forecasters have alike, to come back
 constexpr double kLeast = 1e-12;                    // averages never become denormal
-constexpr int64_t kMost = 32;                       // tokens that a prompt batch counts as: it must not wipe out what was
+constexpr int64_t kMost = 32;  // tokens that a prompt batch counts as: it must not wipe out what was
 
 }  // namespace
 

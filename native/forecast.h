@@ -42,8 +42,8 @@ class Forecast final : public Eviction {
     void learn(int32_t first, const std::vector<int32_t>& experts);
     void mix(int layer);
 
-    std::vector<int32_t> first_;  // by layer, and one past the end
-    double used_ = 0;             // experts of a token; 0 until one has passed
+    std::vector<int32_t> first_;                   // by layer, and one past the end
+    double used_ = 0;                              // experts of a token; 0 until one has passed
     std::vector<std::vector<int32_t>> preferred_;  // by layer
     std::vector<bool> passed_;                     // layers that a token has passed
     std::vector<double> forecasts_[kForecasters];

@@ -1,8 +1,8 @@
 // Which experts the next layer is likely to select: its router is asked about this layer's hidden state, which the
 // layer's own experts and the next attention change only a little.
 //
-// The router's input is found in the graph: the MUL_MAT with this layer's `ffn_gate_inp` behind the selected ids. Where a
-// model's routers are built in another way, nothing is guessed. How often guesses of each rank and layer come true is
+// The router's input is found in the graph: the MUL_MAT with this layer's `ffn_gate_inp` behind the selected ids. Where
+// a model's routers are built in another way, nothing is guessed. How often guesses of each rank and layer come true is
 // watched, of those only that would have to be read: what is wrong too often is not passed on, and watched further.
 #pragma once
 
@@ -45,7 +45,7 @@ class LookAhead {
     const ExpertStore& store_;
     const ExpertBuffer& buffer_;
     int guessed_layer_ = -1;
-    std::vector<Guess> absent_;       // of the guesses for that layer, those that were not in memory
+    std::vector<Guess> absent_;  // of the guesses for that layer, those that were not in memory
     Trust all_, by_rank_[kRanks + kCounts + 1];
     std::vector<Trust> by_layer_;
 };
