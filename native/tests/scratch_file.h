@@ -5,9 +5,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
 #include <utility>
@@ -20,8 +22,9 @@ using Bytes = std::vector<std::byte>;
 inline Bytes random_bytes(size_t n, uint64_t seed) {
     std::mt19937_64 random(seed);
     Bytes bytes(n);
-    for (std::byte& byte : bytes) {
-        byte = static_cast<std::byte>(random());
+    for (size_t at = 0; at < n; at += sizeof(uint64_t)) {
+        const uint64_t number = random();
+        std::memcpy(bytes.data() + at, &number, std::min(sizeof(number), n - at));
     }
     return bytes;
 }
