@@ -323,7 +323,7 @@ def _notes(
     elif arena < index.token_cycle_bytes:
         yield (
             f"The arena is smaller than one token cycle ({format_bytes(index.token_cycle_bytes)}, the experts that one"
-            " token uses in all layers): nearly every expert is read again for every token. More --ram helps a lot."
+            " token uses in all layers): most experts are read again for every token. More --ram helps a lot."
         )
     elif arena < 2 * index.token_cycle_bytes:
         yield (

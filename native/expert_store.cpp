@@ -222,12 +222,9 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                 if ((parts >> part & 1) == 0) {
                     continue;
                 }
-                if ((entries_[entry].resident >> part & 1) != 0) {
+                if ((entries_[entry].resident >> part & 1) != 0 && secure(entry, part)) {
                     hits_ += counted ? 1 : 0;
                     expected_hits_ += counted && expected ? 1 : 0;
-                    if (lanes_.arriving(slab_of(entry, part))) {
-                        lanes_.hasten(slab_of(entry, part));
-                    }
                     continue;
                 }
                 misses_ += counted ? 1 : 0;
@@ -251,6 +248,26 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     std::stable_sort(jobs_.begin(), jobs_.end(),
                      [](const ReadJob& a, const ReadJob& b) { return a.slab % kMaxParts < b.slab % kMaxParts; });
     lanes_.submit(jobs_, Urgency::demanded);
+}
+
+// A resident slab is asked for: if it is still arriving, it is waited for from now on. False: it could not be read
+// while nobody waited for it, and is gone.
+bool ExpertStore::secure(int32_t entry, int part) {
+    const int32_t slab = slab_of(entry, part);
+    if (lanes_.arriving(slab)) {
+        lanes_.hasten(slab);
+    }
+    if (!lanes_.failed(slab)) {
+        return true;
+    }
+    try {
+        lanes_.wait({slab});
+    } catch (const SystemError&) {
+        drop(entry, 1U << part);
+        unverified_.erase(std::remove(unverified_.begin(), unverified_.end(), slab), unverified_.end());
+        return false;
+    }
+    return true;
 }
 
 uint32_t ExpertStore::arriving_parts() const {
@@ -279,11 +296,12 @@ void ExpertStore::wait(uint32_t parts) {
         lanes_.wait(slabs);
         read_ns_ += now_ns() - started;
         if (!unverified_.empty()) {
-            slabs_.check_files();  // what was read while somebody wrote is worth nothing
-            unverified_.erase(
-                std::remove_if(unverified_.begin(), unverified_.end(),
-                               [this](int32_t slab) { return !lanes_.arriving(slab) && !lanes_.failed(slab); }),
-                unverified_.end());
+            // Who has arrived first: what was read while somebody wrote is worth nothing.
+            const auto arrived = std::stable_partition(unverified_.begin(), unverified_.end(), [this](int32_t slab) {
+                return lanes_.arriving(slab) || lanes_.failed(slab);
+            });
+            slabs_.check_files();
+            unverified_.erase(arrived, unverified_.end());
         }
         check_mapping();
     } catch (const SystemError& error) {
@@ -369,27 +387,29 @@ void ExpertStore::settle_expectations(int layer) {
     spares_.shrink(arena_bytes_ - resident_bytes_);
 }
 
-// What is asked for needs their room. True if there were any.
+// What is asked for needs the room of what is only expected, and of what is still arriving though nobody asks for it
+// any more: wrong guesses, and requests that were given up. True if there was any.
 bool ExpertStore::abandon_expectations() {
-    std::vector<int32_t> arriving;
-    for (const int32_t entry : expected_) {
+    bool any = !expected_.empty();
+    for (const int32_t entry : std::exchange(expected_, {})) {
         entries_[entry].expected = false;
         if (entries_[entry].pinned == 0 && entries_[entry].unused) {
             take_back(entry);
         }
-        for (int part = 0; part < kMaxParts; ++part) {
-            if (lanes_.arriving(slab_of(entry, part))) {
-                arriving.push_back(slab_of(entry, part));
-            }
+    }
+    std::vector<int32_t> arriving;
+    for (const int32_t slab : unverified_) {
+        if (lanes_.arriving(slab) && (entries_[slab / kMaxParts].pinned >> slab % kMaxParts & 1) == 0) {
+            arriving.push_back(slab);
+            any = true;
         }
     }
-    const bool any = !std::exchange(expected_, {}).empty();
-    order_->seek(serving_);
     try {
         lanes_.wait(arriving);
     } catch (const SystemError&) {
-        drop_failed();  // nobody asked for them
+        drop_failed();
     }
+    order_->seek(serving_);
     return any;
 }
 

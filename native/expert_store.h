@@ -141,6 +141,7 @@ class ExpertStore {
     bool is_resident(const Tensor& tensor, int expert) const;
     bool make_room(const Tensor& tensor, int expert);  // after `order_->seek`
     uint32_t removable_parts(int32_t entry) const;
+    bool secure(int32_t entry, int part);
     void settle_expectations(int layer);
     bool abandon_expectations();
     void take_back(int32_t entry);

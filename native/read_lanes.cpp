@@ -42,7 +42,7 @@ uint64_t now_ns() {
 ReadLanes::ReadLanes(int n_lanes) {
     for (int i = 1; i < n_lanes; ++i) {
         try {
-            threads_.emplace_back([this] { lane(); });
+            threads_.emplace_back([this, i] { work(i); });
         } catch (const std::system_error&) {
             return;  // no more threads to be had; fewer lanes read the same bytes
         }
@@ -62,27 +62,34 @@ ReadLanes::~ReadLanes() {
 
 void ReadLanes::resize(int32_t n_slabs) { slabs_ = std::vector<Slab>(static_cast<size_t>(std::max(n_slabs, 1))); }
 
-void ReadLanes::lane() {
+void ReadLanes::work(int lane) {
     std::unique_lock<std::mutex> lock(mutex_);
     ReadJob job{};
     while (true) {
-        work_ready_.wait(lock, [&] { return stopping_ || take(job, false); });
+        work_ready_.wait(lock, [&] { return stopping_ || take(job, lane); });
         if (stopping_) {
             return;
         }
-        work_on(job, lock);
+        work_on(job, lane, lock);
     }
 }
 
-// Half of the lanes at most read what nobody waits for: a demand finds the disk's queue short.
-bool ReadLanes::take(ReadJob& job, bool demanded_only) {
-    const bool urgent = !demanded_.empty();
-    if (!urgent && (demanded_only || speculative_.empty() || n_speculating_ >= std::max(1, size() / 2))) {
-        return false;
+// Half of the lanes at most read what nobody waits for: a demand finds the disk's queue short. The caller, who is a
+// lane while it waits, reads nothing else than what is waited for.
+bool ReadLanes::take(ReadJob& job, int lane) {
+    const auto mine = [&](const ReadJob& queued) { return queued.failed_by != lane || size() == 1; };
+    std::deque<ReadJob>* queue = &demanded_;
+    auto found = std::find_if(queue->begin(), queue->end(), mine);
+    const bool urgent = found != queue->end();
+    if (!urgent) {
+        if (lane == kCaller || speculative_.empty() || n_speculating_ >= std::max(1, size() / 2)) {
+            return false;
+        }
+        queue = &speculative_;
+        found = queue->begin();
     }
-    std::deque<ReadJob>& queue = urgent ? demanded_ : speculative_;
-    job = queue.front();
-    queue.pop_front();
+    job = *found;
+    queue->erase(found);
     n_speculating_ += urgent ? 0 : 1;
     if (n_busy_++ == 0) {
         busy_since_ns_ = now_ns();
@@ -91,7 +98,7 @@ bool ReadLanes::take(ReadJob& job, bool demanded_only) {
     return true;
 }
 
-void ReadLanes::work_on(ReadJob job, std::unique_lock<std::mutex>& lock) {
+void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     std::string failure;
     try {
@@ -112,10 +119,11 @@ void ReadLanes::work_on(ReadJob job, std::unique_lock<std::mutex>& lock) {
     if (failure.empty()) {
         bytes_read_ += job.n;
         finish(job.slab);
-    } else if (++job.n_tries < kTries && !draining_ && !failed(job.slab)) {
+    } else if (++job.n_tries < kTries && slabs_[job.slab].demanded && !draining_ && !failed(job.slab)) {
         ++n_retries_;
-        (job.speculative ? speculative_ : demanded_).push_front(job);
-        work_ready_.notify_one();
+        job.failed_by = lane;
+        demanded_.push_front(job);
+        work_ready_.notify_all();
         work_done_.notify_all();  // who waits reads along
     } else {
         failure_ = failure;
@@ -157,6 +165,7 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
         if (slab.n_left.load(std::memory_order_relaxed) == 0) {
             slab.failed.store(false, std::memory_order_relaxed);
             slab.n_jobs = 0;
+            slab.demanded = urgency == Urgency::demanded;
         }
         ++slab.n_jobs;
         slab.n_left.fetch_add(1, std::memory_order_relaxed);
@@ -167,6 +176,7 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
 
 void ReadLanes::hasten(int32_t slab) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    slabs_[slab].demanded = true;
     const auto others = std::stable_partition(speculative_.begin(), speculative_.end(),
                                               [&](const ReadJob& job) { return job.slab != slab; });
     if (others != speculative_.end()) {
@@ -178,7 +188,7 @@ void ReadLanes::hasten(int32_t slab) {
 
 bool ReadLanes::cancel(int32_t slab) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto is_its = [&](const ReadJob& job) { return job.slab == slab && job.n_tries == 0; };
+    const auto is_its = [&](const ReadJob& job) { return job.slab == slab; };
     if (std::count_if(speculative_.begin(), speculative_.end(), is_its) != slabs_[slab].n_jobs) {
         return false;
     }
@@ -195,10 +205,10 @@ void ReadLanes::wait(const std::vector<int32_t>& slabs) {
     std::unique_lock<std::mutex> lock(mutex_);
     ReadJob job{};
     while (any_arriving(slabs)) {
-        if (take(job, true)) {
-            work_on(job, lock);
+        if (take(job, kCaller)) {
+            work_on(job, kCaller, lock);
         } else {
-            work_done_.wait(lock, [&] { return !demanded_.empty() || !any_arriving(slabs); });
+            work_done_.wait(lock);
         }
     }
     if (std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return failed(slab); })) {

@@ -2,7 +2,8 @@
 // They sleep on a condition variable when idle and are joined by the destructor.
 //
 // Jobs belong to a *slab*, a number below that given to `resize`. A slab is arriving while one of its jobs is queued or
-// under way. A job that fails is tried again, at last by a buffered read; only then has its slab failed.
+// under way. A job that fails is tried again by another lane, at last by a buffered read; only then has its slab
+// failed. What nobody waits for is not tried again.
 #pragma once
 
 #include <atomic>
@@ -31,6 +32,7 @@ struct ReadJob {
     Io io;
     int32_t slab = 0;
     int n_tries = 0;
+    int failed_by = -1;        // the lane that tried last
     bool speculative = false;  // taken from the queue of those
 };
 
@@ -71,12 +73,15 @@ class ReadLanes {
     struct Slab {
         std::atomic<int32_t> n_left{0};
         std::atomic<bool> failed{false};
-        int32_t n_jobs = 0;  // submitted for what is arriving
+        int32_t n_jobs = 0;     // submitted for what is arriving
+        bool demanded = false;  // what is arriving is waited for
     };
 
-    void lane();
-    bool take(ReadJob& job, bool demanded_only);
-    void work_on(ReadJob job, std::unique_lock<std::mutex>& lock);
+    static constexpr int kCaller = 0;  // as a lane
+
+    void work(int lane);
+    bool take(ReadJob& job, int lane);
+    void work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock);
     void finish(int32_t slab);
     void give_up(int32_t slab);
     bool any_arriving(const std::vector<int32_t>& slabs) const;

@@ -178,8 +178,12 @@ def test_slow_disk_is_told(disk: BadDisk, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "faults",
-    [{"failing_thread": BadDisk.NEXT_THREAD, "failures_left": 2}, {"fail_every": 50, "failures_left": 10}],
-    ids=["of one lane", "here and there"],
+    [
+        {"failing_thread": BadDisk.NEXT_THREAD, "failures_left": 2},
+        {"failing_thread": BadDisk.NEXT_THREAD, "failures_left": BadDisk.FOR_EVER},
+        {"fail_every": 50, "failures_left": 10},
+    ],
+    ids=["of one lane", "of one lane for ever", "here and there"],
 )
 def test_read_errors_that_pass(faults: dict[str, int], disk: BadDisk, undisturbed: list[str]) -> None:
     with talking(disk.environment) as talk:
