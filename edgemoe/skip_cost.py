@@ -113,6 +113,7 @@ def measure_skipping(
 
 def _cost(llama: Llama, windows: Sequence[Sequence[int]], bound: float, on_progress: Callable[[], None]) -> SkipCost:
     llama.skip_mass = bound
+    llama.eval(list(windows[-1][:-1]))  # so that each bound starts with the same text's experts in memory
     nll = np.zeros(len(windows))
     tokens = np.zeros(len(windows))
     bytes_read = 0
