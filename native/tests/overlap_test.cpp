@@ -282,3 +282,18 @@ TEST(forced_experts_that_do_not_exist_end_the_graph) {
     CHECK_EQUAL(layer.n_products, 0);
     CHECK(running.hook->take_failure().find("asked for expert 1048576 of 8") != std::string::npos);
 }
+
+TEST(predicted_experts_that_do_not_exist_end_the_graph) {
+    const TinyModel model = deep_model();
+    for (const size_t n_tokens : {1U, 4U}) {
+        Running running(model, Io::pread, room_for(10));
+        running.hook->routes().set({0, 1}, Ids(n_tokens * 2 * kUsed, 3), RoutedLayer::kUsed);
+        running.hook->routes().set_predictions(Ids(n_tokens * 2 * kUsed, 1 << 20));
+        RoutedLayer layer(0, n_tokens, Routing::softmax, 7);
+        Graph graph;
+        layer.add_to(running, graph);
+        running.hook->begin();
+        graph.run(*running.hook);
+        CHECK(running.hook->take_failure().find("1048576") != std::string::npos);
+    }
+}

@@ -232,13 +232,49 @@ TEST(failed_reads_are_repeated) {
     }
 }
 
-TEST(speculative_reads_are_repeated_too) {
-    Reading reading(2);
-    fail_times(reading, 1, 2);
-    reading.submit(1, kSpeculative, 2);
-    reading.watch(1);
-    CHECK(reading.holds(1, 2) && !reading.lanes->failed(1));
-    CHECK_EQUAL(reading.lanes->n_retries(), 2U);
+TEST(only_what_is_demanded_is_repeated) {
+    for (const bool hastened : {false, true}) {
+        Reading reading(3);
+        fail_times(reading, 1, 2);
+        reading.disk.hold({reading.at(1)});
+        reading.submit(1, kSpeculative);
+        reading.disk.await(1);
+        if (hastened) {  // while its only job is under way
+            reading.lanes->hasten(1);
+        }
+        reading.disk.let_go();
+        reading.watch(1);
+        CHECK_EQUAL(reading.lanes->failed(1), !hastened);
+        CHECK_EQUAL(reading.holds(1), hastened);
+        CHECK_EQUAL(reading.lanes->n_retries(), hastened ? 2U : 0U);
+    }
+}
+
+// What one lane cannot read another one can.
+TEST(lane_that_fails_all_its_reads_is_survived) {
+    Reading reading(3);
+    const std::thread::id caller = std::this_thread::get_id();
+    reading.disk.fail([caller, culprit = std::thread::id()](const HeldDisk::Read&) mutable {
+        const std::thread::id reader = std::this_thread::get_id();
+        if (culprit == std::thread::id() && reader != caller) {
+            culprit = reader;
+        }
+        return reader == culprit;
+    });
+    reading.disk.hold({reading.at(0)});
+    reading.submit(0, kDemanded);
+    reading.disk.await(1);  // there is a culprit
+    std::vector<int32_t> slabs{0};
+    for (int32_t slab = 1; slab < kSlabs; ++slab) {
+        reading.submit(slab, kDemanded, 3);
+        slabs.push_back(slab);
+    }
+    reading.disk.let_go();
+    reading.lanes->wait(slabs);
+    for (const int32_t slab : slabs) {
+        CHECK(reading.holds(slab, slab == 0 ? 1 : 3));
+    }
+    CHECK(reading.lanes->n_retries() >= 1);
 }
 
 TEST(read_that_always_fails_fails_its_slab_alone) {
