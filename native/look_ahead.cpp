@@ -104,7 +104,7 @@ std::vector<int32_t> LookAhead::guess(int layer, const ggml::Tensor* top_k, int6
 }
 
 std::vector<int32_t> LookAhead::guess_from(int layer, const std::vector<int32_t>& rows, size_t n_used) {
-    const int n_expert = store_.n_expert(layer);
+    const int n_expert = rows.empty() ? 0 : store_.n_expert(layer);
     for (const int32_t expert : rows) {
         if (expert < 0 || expert >= n_expert) {
             throw SystemError("layer " + std::to_string(layer) + " was predicted to use expert " +
