@@ -393,7 +393,7 @@ TEST(busy_is_the_time_with_reads_under_way) {
     reading.disk.hold({reading.at(1)});
     reading.submit(1, kSpeculative);
     reading.disk.await(1);
-    const uint64_t started = edgemoe::now_ns(), before = reading.lanes->busy_ns();
+    const uint64_t before = reading.lanes->busy_ns(), started = edgemoe::now_ns();
     while (edgemoe::now_ns() - started < 5000000) {
         std::this_thread::yield();
     }
