@@ -23,7 +23,7 @@ from edgemoe.memory import current_rss, peak_rss
 
 # The rest of edgemoe is imported where it is used: loading plain llama.cpp should not take longer for it.
 if TYPE_CHECKING:
-    from edgemoe._native import RouteForcer
+    from edgemoe.store import RouteForcer
     from edgemoe.backend import Llama
     from edgemoe.routes import Ids
     from edgemoe.trace import RouterTrace
@@ -196,7 +196,7 @@ def _disk_bytes() -> int | None:
 
 
 def _forcer() -> RouteForcer:
-    from edgemoe._native import RouteForcer
+    from edgemoe.store import RouteForcer
 
     return RouteForcer()
 

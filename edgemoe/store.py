@@ -24,6 +24,9 @@ except ImportError as error:
         f"edgemoe's native core cannot be loaded ({error}); install the package with: pip install -e ."
     ) from error
 
+RouteForcer = _native.RouteForcer
+"""Forces what a plain llama.cpp context routes to: an eval callback, for measuring."""
+
 IO_MODES = ("auto", "direct", "mmap", "pread")
 
 
