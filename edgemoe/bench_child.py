@@ -23,9 +23,9 @@ from edgemoe.memory import current_rss, peak_rss
 
 # The rest of edgemoe is imported where it is used: loading plain llama.cpp should not take longer for it.
 if TYPE_CHECKING:
-    from edgemoe.store import RouteForcer
     from edgemoe.backend import Llama
     from edgemoe.routes import Ids
+    from edgemoe.store import RouteForcer
     from edgemoe.trace import RouterTrace
 
 __all__ = ["Evaluator", "open_edgemoe", "open_plain"]
