@@ -43,9 +43,12 @@ bool RouterHook::before_node(ggml::Tensor* node) {
                 store_.acquire(layer, 1U << store_.part_of(id), ids_);
                 return true;
             }
-            if (const uint32_t part = 1U << store_.part_of(id); layer == served_layer_ && (arriving_ & part) != 0) {
-                store_.wait(part);
-                arriving_ &= ~part;
+            if (layer == served_layer_ && arriving_ != 0) {
+                const uint32_t part = 1U << store_.part_of(id);
+                if ((arriving_ & part) != 0) {
+                    store_.wait(part);
+                    arriving_ &= ~part;
+                }
                 if (arriving_ != 0) {
                     return true;  // computed at once, so that the disk works on the others meanwhile
                 }
