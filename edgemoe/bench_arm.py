@@ -6,6 +6,7 @@ when its context is ready, then answers each request. All arms run the same code
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import subprocess
@@ -180,7 +181,8 @@ class Arm:
     def close(self) -> None:
         """End the child and wait for it."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it is dead, and never read the last request
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=_LEAVE_SECONDS)
         except subprocess.TimeoutExpired:

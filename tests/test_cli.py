@@ -59,6 +59,7 @@ Commands:
   tasks     Look after the tasks of a model.
   match     Say which task a prompt belongs to, or none.
   evaluate  Measure what keeping only a task's experts costs.
+  bench     Measure edgemoe beside plain llama.cpp, in one run.
   convert   Make GGUF files that suit a purpose.
 """
 

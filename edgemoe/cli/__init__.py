@@ -21,7 +21,7 @@ VERBS = {
     "tasks": "Look after the tasks of a model.",
     "match": "Say which task a prompt belongs to, or none.",
     "evaluate": "Measure what keeping only a task's experts costs.",
-    "bench": "Measure speed and memory beside plain llama.cpp.",
+    "bench": "Measure edgemoe beside plain llama.cpp, in one run.",
     "convert": "Make GGUF files that suit a purpose.",
 }
 """Verb -> its line in the help, written here so that the help imports no verb."""
