@@ -22,7 +22,7 @@ DEFAULTS = (8, MIB, None)
 DISKS = {
     # Bandwidth by lanes and bytes of a read, and the first good way.
     "nvme": (lambda lanes, size: min(3e9, lanes * size / (80e-6 + size / 1.5e9)), (8, MIB)),
-    "usb stick": (lambda lanes, size: size / (1e-3 + size / 100e6), (4, 4 * MIB)),
+    "usb stick": (lambda lanes, size: size / (1e-3 + size / 100e6), (8, MIB)),
     "hard disk": (lambda lanes, size: size / (12e-3 + size / 180e6), (4, 4 * MIB)),
     "all the same": (lambda lanes, size: 1e9, (8, MIB)),
 }
