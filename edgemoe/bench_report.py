@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -307,7 +308,7 @@ def _draw_speeds(result: BenchResult) -> Figure:
     for label, dashes in (("roofline, Belady", "-"), ("roofline, LRU", ":")):
         axes.plot([], [], color="#b00020", linestyle=dashes, label=label)
     _finish(axes, result)
-    figure.supxlabel(_machine(result), fontsize=7, color="0.4")
+    figure.supxlabel(textwrap.fill(_machine(result), 100), fontsize=7, color="0.4")
     return figure
 
 
@@ -329,12 +330,15 @@ def _draw_tokens(result: BenchResult) -> Figure:
         if place == n_cells - 1:
             axes.set_xlabel("token after the prompt")
         _finish(axes, result if place == 0 else None)
-    figure.supxlabel(_machine(result), fontsize=7, color="0.4")
+    figure.supxlabel(textwrap.fill(_machine(result), 100), fontsize=7, color="0.4")
     return figure
 
 
 def _logarithmic(axes: Axes) -> None:
+    from matplotlib.ticker import LogFormatter
+
     axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, where there are few
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
