@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from edgemoe.allocation import ExpertBudget, by_mass, mass_share
+from edgemoe.expert_set import ExpertLayers, ExpertSet
 from edgemoe.routes import Ids
 
 __all__ = ["best_experts", "prompt_counts", "within"]
@@ -21,44 +23,22 @@ def prompt_counts(prompt: Ids, n_expert: int) -> Counts:
     return np.bincount(entries.ravel(), minlength=n_layer * n_expert).reshape(n_layer, n_expert)
 
 
-def best_experts(
-    counts: Counts, expert_bytes: Sequence[int], n_bytes: int, least: int, share: float = 1.0
-) -> list[list[int]]:
-    """Choose the experts with the highest counts of all layers that fit.
+def best_experts(counts: Counts, layers: ExpertLayers, n_bytes: int, share: float) -> ExpertSet:
+    """Choose what the task mode would hold if the counts were a task's.
 
     Parameters
     ----------
     counts : int64 [layers, n_expert]
         Uses.
-    expert_bytes : sequence of int
-        Bytes of one expert of each layer.
+    layers : ExpertLayers
+        The model, an expert's size as it counts in the arena.
     n_bytes : int
-        Room for them.
-    least : int
-        Experts of each layer that are taken before any other, whatever the room.
+        Room; what routing needs at least is taken whatever the room.
     share : float
-        Stop when so much of all uses is covered, 0 to 1.
-
-    Returns
-    -------
-    list of lists of int
-        Ids of each layer, ascending.
+        No more experts than hold this share of each layer's uses, above 0, at most 1.
     """
-    n_expert = counts.shape[1]
-    order = np.argsort(-counts, axis=1, kind="stable")
-    chosen = [set(row[:least].tolist()) for row in order]
-    room = n_bytes - sum(least * size for size in expert_bytes)
-    enough = share * counts.sum() - sum(int(counts[layer, list(ids)].sum()) for layer, ids in enumerate(chosen))
-    for entry in np.argsort(-counts, axis=None, kind="stable").tolist():
-        layer, expert = divmod(entry, n_expert)
-        if enough <= 0 or counts[layer, expert] == 0:
-            break
-        if expert in chosen[layer] or expert_bytes[layer] > room:
-            continue
-        chosen[layer].add(expert)
-        room -= expert_bytes[layer]
-        enough -= int(counts[layer, expert])
-    return [sorted(ids) for ids in chosen]
+    most = mass_share(counts, layers, share).n_bytes(layers.expert_bytes)
+    return by_mass(counts, layers, ExpertBudget(n_bytes=max(layers.floor_bytes, min(n_bytes, most))))
 
 
 def within(rows: Ids, counts: Counts, chosen: Sequence[Sequence[int]]) -> Ids:

@@ -13,6 +13,7 @@ import numpy as np
 from edgemoe.bench_arm import EDGEMOE, MMAP, PLAIN, Arm, ArmError, Settings
 from edgemoe.bench_machine import make_cold
 from edgemoe.bench_pattern import best_experts, prompt_counts, within
+from edgemoe.expert_set import ExpertLayers
 from edgemoe.index import ExpertIndex
 from edgemoe.memory_cgroup import CgroupUnavailableError, MemoryCgroup, drop_page_cache, memory_cgroup
 from edgemoe.plan import expert_pages
@@ -259,8 +260,9 @@ def _pattern(arm: str, cell: Cell, routes: Routes, arena_bytes: int) -> dict[str
     """Experts of the prompt's pattern as the task mode would hold them."""
     counts = prompt_counts(routes.prompt, routes.n_expert)
     share = 1.0 if arm == "task" else WARM_SHARE
-    kept = best_experts(counts, expert_pages(cell.index), arena_bytes, routes.n_used, share)
-    return {"layers": cell.index.moe_layers, "kept": kept}
+    layers = replace(ExpertLayers.of(cell.index), expert_bytes=expert_pages(cell.index))
+    chosen = best_experts(counts, layers, arena_bytes, share)
+    return {"layers": chosen.layers, "kept": chosen.kept}
 
 
 def _written(routes: Routes, predicted: Ids | None, index: ExpertIndex, scratch: Path) -> Path:

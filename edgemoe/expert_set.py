@@ -99,6 +99,11 @@ class ExpertLayers:
         size = self.n_expert // self.n_group
         return tuple(self.n_group * min(size, max(2, -(-k // self.n_group_used))) for k in self.n_expert_used)
 
+    @property
+    def floor_bytes(self) -> int:
+        """What these take."""
+        return sum(k * size for k, size in zip(self.floor, self.expert_bytes, strict=True))
+
 
 @dataclass(frozen=True)
 class ExpertSet:

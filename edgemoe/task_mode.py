@@ -162,7 +162,7 @@ class TaskMode:
         everything_fits = plan.resident_share == 1.0
         if self._keep is None:
             wanted = one_each * self._layers.n_expert if everything_fits else plan.arena_bytes
-            least = _floor_bytes(self._layers)
+            least = self._layers.floor_bytes
             if self.mode == "task" and wanted < least:
                 needed = plan.budget.bytes + least - plan.arena_bytes
                 raise BudgetError(
@@ -292,12 +292,7 @@ class TaskMode:
         assert self._budget.n_bytes is not None
         mass = pattern.scores[pattern.criterion]
         most = mass_share(np.maximum(mass, 0), self._layers, WARM_SHARE).n_bytes(self._layers.expert_bytes)
-        return ExpertBudget(n_bytes=max(_floor_bytes(self._layers), min(self._budget.n_bytes, most)))
-
-
-def _floor_bytes(layers: ExpertLayers) -> int:
-    """Add up what the fewest experts take that routing needs in every layer."""
-    return sum(k * size for k, size in zip(layers.floor, layers.expert_bytes, strict=True))
+        return ExpertBudget(n_bytes=max(self._layers.floor_bytes, min(self._budget.n_bytes, most)))
 
 
 def open_tasks(

@@ -153,16 +153,19 @@ void ExpertStore::release() {
     pinned_.clear();
 }
 
-void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
+void ExpertStore::check_experts(int layer, const std::vector<int32_t>& experts) const {
     const int n = n_expert(layer);
-    const Layer& its = in(layer);
     for (const int32_t expert : experts) {
         if (expert < 0 || expert >= n) {
             throw SystemError("layer " + std::to_string(layer) + " asked for expert " + std::to_string(expert) +
                               " of " + std::to_string(n) + ": the router's output is not what it should be");
         }
     }
-    for (const int id : its.tensors) {
+}
+
+void ExpertStore::check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
+    check_experts(layer, experts);
+    for (const int id : in(layer).tensors) {
         if ((parts >> tensor_of(id).part & 1) != 0 && tensor_of(id).data == nullptr) {
             throw SystemError(tensor_of(id).spec.name + " is in the model file, but llama.cpp gave it no memory");
         }
@@ -177,7 +180,7 @@ void ExpertStore::warm(int layer, const std::vector<int32_t>& experts) {
 }
 
 void ExpertStore::prefer(int layer, const std::vector<int32_t>& experts) {
-    check_request(layer, 0, experts);
+    check_experts(layer, experts);
     const Layer& its = in(layer);
     for (int32_t expert = 0; expert < its.n_expert; ++expert) {
         entries_[its.first_entry + expert].preferred = false;
@@ -189,7 +192,7 @@ void ExpertStore::prefer(int layer, const std::vector<int32_t>& experts) {
 }
 
 void ExpertStore::routed(int layer, int64_t n_tokens, const std::vector<int32_t>& experts) {
-    check_request(layer, 0, experts);
+    check_experts(layer, experts);
     if (!all_fit_) {  // else nobody ever has to leave
         order_->routed(in(layer).number, n_tokens, experts);
     }

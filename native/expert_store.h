@@ -50,7 +50,7 @@ struct StoreStats {
     uint64_t retries = 0;         // reads that failed and were repeated
 };
 
-// What is done beyond reading on demand; `plain` is the control that measurements compare with.
+// What is done beyond reading on demand; with nothing of it, the store is the control of measurements.
 struct Tuning {
     bool recycle = true;     // memory of slabs that leave is given to those that come (SparePages)
     bool overlap = true;     // a layer computes while its later parts are still arriving
@@ -85,6 +85,8 @@ class ExpertStore {
         return layer >= 0 && layer <= last_layer() ? static_cast<int>(in(layer).tensors.size()) : 0;
     }
     int n_expert(int layer) const { return slabs_.n_expert(layer); }  // throws SystemError where there are none
+    int number_of(int layer) const { return in(layer).number; }       // among those with experts, else -1
+    void check_experts(int layer, const std::vector<int32_t>& experts) const;  // throws SystemError if it lacks one
     int last_layer() const { return static_cast<int>(slabs_.layers().size()) - 1; }  // of those with experts
     int part_of(int id) const { return tensor_of(id).part; }
     // Every expert of the layer is resident and none will ever have to leave: the layer needs no `acquire` any more.

@@ -104,12 +104,8 @@ std::vector<int32_t> LookAhead::guess(int layer, const ggml::Tensor* top_k, int6
 }
 
 std::vector<int32_t> LookAhead::guess_from(int layer, const std::vector<int32_t>& rows, size_t n_used) {
-    const int n_expert = rows.empty() ? 0 : store_.n_expert(layer);
-    for (const int32_t expert : rows) {
-        if (expert < 0 || expert >= n_expert) {
-            throw SystemError("layer " + std::to_string(layer) + " was predicted to use expert " +
-                              std::to_string(expert) + " of " + std::to_string(n_expert) + "; predict ids that it has");
-        }
+    if (!rows.empty()) {
+        store_.check_experts(layer, rows);
     }
     std::vector<Guess> guesses;
     if (rows.size() <= n_used) {
@@ -118,7 +114,7 @@ std::vector<int32_t> LookAhead::guess_from(int layer, const std::vector<int32_t>
         }
         return worthwhile(layer, std::move(guesses));
     }
-    std::vector<size_t> count(static_cast<size_t>(n_expert), 0);
+    std::vector<size_t> count(static_cast<size_t>(store_.n_expert(layer)), 0);
     for (const int32_t expert : rows) {
         if (count[expert]++ == 0) {
             guesses.push_back({expert, 0});

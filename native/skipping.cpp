@@ -41,10 +41,8 @@ void Skipping::bound(double mass, uint64_t cache_bytes) {
     }
     std::vector<int> n_expert;
     std::vector<uint64_t> expert_bytes;
-    number_.assign(n_layer, -1);
     for (size_t layer = 0; layer < n_layer; ++layer) {
         if (store_.n_parts(static_cast<int>(layer)) > 0) {
-            number_[layer] = static_cast<int>(n_expert.size());
             n_expert.push_back(store_.n_expert(static_cast<int>(layer)));
             expert_bytes.push_back(layer_bytes[layer]);
         }
@@ -71,16 +69,10 @@ void Skipping::learn(int layer, const ggml::Tensor* weighted) {
 }
 
 bool Skipping::postpones(int layer, ggml::Tensor* top_k, const std::vector<int32_t>& ids) {
-    const int n_expert = store_.n_expert(layer);
-    for (const int32_t id : ids) {
-        if (id < 0 || id >= n_expert) {
-            throw SystemError("layer " + std::to_string(layer) + " selected expert " + std::to_string(id) +
-                              ", but it has " + std::to_string(n_expert));
-        }
-    }
+    store_.check_experts(layer, ids);
     if (!decoding_) {
-        cache_.routed(number_[layer], top_k->ne[1], ids);
-        cache_.use(number_[layer], ids);
+        cache_.routed(store_.number_of(layer), top_k->ne[1], ids);
+        cache_.use(store_.number_of(layer), ids);
         return false;
     }
     if (std::exchange(layer_, layer) == layer) {
@@ -108,7 +100,7 @@ const ggml::Tensor* Skipping::skip(ggml::Tensor* weights, const std::vector<int3
     for (double& share : shares) {
         share /= total;
     }
-    const int number = number_[layer_];
+    const int number = store_.number_of(layer_);
     const size_t heaviest = static_cast<size_t>(std::max_element(shares.begin(), shares.end()) - shares.begin());
     std::vector<bool> kept(n_used, true);
     double mass = 0;
@@ -143,7 +135,7 @@ const ggml::Tensor* Skipping::skip(ggml::Tensor* weights, const std::vector<int3
 std::vector<size_t> Skipping::skippable(const std::vector<double>& shares, const std::vector<int32_t>& ids) const {
     std::vector<size_t> slots;
     for (size_t slot = 0; slot < ids.size(); ++slot) {
-        if (shares[slot] >= 0 && !cache_.holds(number_[layer_], ids[slot])) {
+        if (shares[slot] >= 0 && !cache_.holds(store_.number_of(layer_), ids[slot])) {
             slots.push_back(slot);
         }
     }

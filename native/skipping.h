@@ -57,7 +57,6 @@ class Skipping {
     const ExpertStore& store_;
     double bound_ = 0;
     VirtualCache cache_;
-    std::vector<int> number_;                // by layer: the how-manieth with experts
     std::vector<std::string> weights_name_;  // by layer: the node that its experts are multiplied with
     int64_t next_position_ = -1;             // of the token that goes on
     bool decoding_ = false;

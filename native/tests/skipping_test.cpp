@@ -284,8 +284,8 @@ TEST(impossible_bounds_and_ids_are_refused) {
         CHECK_REFUSED(skipping.bound(mass, kPlenty), "a share from 0 to 0.5");
     }
     skipping.bound(0.1, kPlenty);
-    CHECK_REFUSED(Slots({0, 8}, {0.5F, 0.5F}).pass(skipping, 0), "layer 0 selected expert 8, but it has 8");
-    CHECK_REFUSED(Slots({-1, 0}, {0.5F, 0.5F}).pass(skipping, 0), "layer 0 selected expert -1");
+    CHECK_REFUSED(Slots({0, 8}, {0.5F, 0.5F}).pass(skipping, 0), "layer 0 asked for expert 8 of 8");
+    CHECK_REFUSED(Slots({-1, 0}, {0.5F, 0.5F}).pass(skipping, 0), "layer 0 asked for expert -1 of 8");
 }
 
 TEST(virtual_cache_holds_what_a_store_without_surprises_does) {
