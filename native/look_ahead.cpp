@@ -51,9 +51,22 @@ float dot(const float* a, const float* b, int64_t n) {
 
 }  // namespace
 
-std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) const {
-    const ggml::Tensor* weights = buffer_.dense(name_in(layer, "ffn_gate_inp.weight"));
-    const ggml::Tensor* router = find_router(top_k, name_in(layer - 1, "ffn_gate_inp.weight"), kDeepest);
+const LookAhead::Router& LookAhead::router_of(int layer) {
+    const auto found = routers_.find(layer);
+    if (found != routers_.end()) {
+        return found->second;
+    }
+    return routers_
+        .emplace(layer, Router{name_in(layer - 1, ""), name_in(layer - 1, "ffn_gate_inp.weight"),
+                               buffer_.dense(name_in(layer, "ffn_gate_inp.weight")),
+                               buffer_.dense(name_in(layer, "ffn_gate_inp.bias")),
+                               buffer_.dense(name_in(layer, "exp_probs_b.bias"))})
+        .first->second;
+}
+
+std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) {
+    const auto& [before, before_weights, weights, bias, selection_bias] = router_of(layer);
+    const ggml::Tensor* router = find_router(top_k, before_weights, kDeepest);
     if (weights == nullptr || router == nullptr || router->src[1] == nullptr || weights->type != kF32 ||
         router->src[1]->type != kF32 || router->src[1]->ne[0] != weights->ne[0]) {
         return {};
@@ -61,7 +74,6 @@ std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, in
     const ggml::Tensor* input = router->src[1];
     const int64_t n_embd = weights->ne[0], n_expert = weights->ne[1], n_used = top_k->ne[0];
     // The input is a normalized vector times this layer's norm weights; the next layer has its own.
-    const std::string before = name_in(layer - 1, "");
     const float *norm = nullptr, *next_norm = nullptr;
     for (const ggml::Tensor* factor : {input->src[0], input->src[1]}) {
         if (factor != nullptr && factor->type == kF32 && factor->ne[0] == n_embd &&
@@ -72,8 +84,6 @@ std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, in
             }
         }
     }
-    const ggml::Tensor* bias = buffer_.dense(name_in(layer, "ffn_gate_inp.bias"));
-    const ggml::Tensor* selection_bias = buffer_.dense(name_in(layer, "exp_probs_b.bias"));
     std::vector<float> state(static_cast<size_t>(n_embd)), scores(static_cast<size_t>(n_expert));
     std::vector<int32_t> order(static_cast<size_t>(n_expert)), rows;
     const int64_t step = std::max<int64_t>(1, n_tokens / kSample);

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "expert_buffer.h"
@@ -33,17 +35,23 @@ class LookAhead {
         int32_t expert;
         size_t rank;  // kRanks and more in a batch: by how many tokens make it
     };
+    struct Router {  // of a layer, and how the one before it is known in the graph
+        std::string before, before_weights;
+        const ggml::Tensor *weights, *bias, *selection_bias;
+    };
     struct Trust {  // the share of guesses that came true, the older ones fading
         double share = 0, watched = 0;
         void add(bool right);
     };
 
-    std::vector<int32_t> rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) const;
+    const Router& router_of(int layer);
+    std::vector<int32_t> rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens);
     std::vector<int32_t> worthwhile(int layer, std::vector<Guess> guesses);
     double chance(int layer, size_t rank) const;
 
     const ExpertStore& store_;
     const ExpertBuffer& buffer_;
+    std::unordered_map<int, Router> routers_;  // found once: this is done for every token
     int guessed_layer_ = -1;
     std::vector<Guess> absent_;  // of the guesses for that layer, those that were not in memory
     Trust all_, by_rank_[kRanks + kCounts + 1];
