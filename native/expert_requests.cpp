@@ -110,8 +110,11 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                     continue;
                 }
                 misses_ += counted ? 1 : 0;
-                if (!make_room(tensor_of(id), entry - its.first_entry) &&
-                    !(abandon_expectations() && make_room(tensor_of(id), entry - its.first_entry))) {
+                const Tensor& tensor = tensor_of(id);
+                if (!make_room(tensor, entry - its.first_entry)) {
+                    abandon_expectations();
+                }
+                if (!make_room(tensor, entry - its.first_entry)) {
                     throw SystemError("the selected experts of one layer need more than the arena of " +
                                       std::to_string(arena_bytes_) + " bytes; raise --ram or lower --ubatch");
                 }
@@ -270,9 +273,8 @@ void ExpertStore::settle_expectations(int layer) {
 }
 
 // What is asked for needs the room of what is only expected, and of what is still arriving though nobody asks for it
-// any more: wrong guesses, and requests that were given up. True if there was any.
-bool ExpertStore::abandon_expectations() {
-    bool any = !expected_.empty();
+// any more: wrong guesses, and requests that were given up. What has arrived since the last look may leave as well.
+void ExpertStore::abandon_expectations() {
     for (const int32_t entry : std::exchange(expected_, {})) {
         entries_[entry].expected = false;
         if (entries_[entry].pinned == 0 && entries_[entry].unused) {
@@ -283,7 +285,6 @@ bool ExpertStore::abandon_expectations() {
     for (const int32_t slab : unverified_) {
         if (lanes_.arriving(slab) && (entries_[slab / kMaxParts].pinned >> slab % kMaxParts & 1) == 0) {
             arriving.push_back(slab);
-            any = true;
         }
     }
     try {
@@ -292,7 +293,6 @@ bool ExpertStore::abandon_expectations() {
         drop_failed();
     }
     order_->seek(serving_);
-    return any;
 }
 
 // Drops those of an entry's slabs whose reading has not begun.

@@ -145,7 +145,7 @@ class ExpertStore {
     uint32_t removable_parts(int32_t entry) const;
     bool secure(int32_t entry, int part);
     void settle_expectations(int layer);
-    bool abandon_expectations();
+    void abandon_expectations();
     void take_back(int32_t entry);
     void drop_failed();
     [[noreturn]] void give_up(const std::string& failure);
