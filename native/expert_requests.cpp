@@ -121,7 +121,7 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                 add(entry, part);
             }
         }
-        spares_.shrink(arena_bytes_ - resident_bytes_);
+        spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
         peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
         if (!jobs_.empty()) {
             slabs_.check_files();
@@ -129,9 +129,6 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     } catch (const SystemError& error) {
         give_up(error.what());
     }
-    // In the order in which they will be needed: all of a part before any of the next one.
-    std::stable_sort(jobs_.begin(), jobs_.end(),
-                     [](const ReadJob& a, const ReadJob& b) { return a.slab % kMaxParts < b.slab % kMaxParts; });
     lanes_.submit(jobs_, Urgency::demanded);
 }
 
@@ -205,7 +202,7 @@ void ExpertStore::give_up(const std::string& failure) {
             // Its pages could not be given back, but it no longer counts as resident: the first failure is the news.
         }
     }
-    spares_.shrink(arena_bytes_ - resident_bytes_);
+    spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
     throw SystemError(failure);
 }
 
@@ -218,7 +215,7 @@ void ExpertStore::drop_failed() {
         drop(*slab / kMaxParts, 1U << *slab % kMaxParts);
     }
     unverified_.erase(failed, unverified_.end());
-    spares_.shrink(arena_bytes_ - resident_bytes_);
+    spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
 }
 
 void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
@@ -251,7 +248,7 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
             add(entry, tensor.part);
             expected_bytes_ += tensor.slab_bytes;
         }
-        spares_.shrink(arena_bytes_ - resident_bytes_);
+        spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
         // One by one: what is not submitted does not count as arriving, and the next one would rely on its pages.
         lanes_.submit(jobs_, Urgency::speculative);
     }
@@ -269,7 +266,7 @@ void ExpertStore::settle_expectations(int layer) {
         }
     }
     expected_.erase(its, expected_.end());
-    spares_.shrink(arena_bytes_ - resident_bytes_);
+    spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
 }
 
 // What is asked for needs the room of what is only expected, and of what is still arriving though nobody asks for it

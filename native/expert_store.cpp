@@ -8,6 +8,13 @@
 
 namespace edgemoe {
 
+namespace {
+
+constexpr uint64_t kIdleShare = 64;  // of the arena at most: what they save is little beside what slabs there save
+constexpr double kFirstLayer = 4;    // look-ahead hides three quarters of what other layers' misses take
+
+}  // namespace
+
 ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning, uint64_t read_bytes)
     : io_(io),
       arena_bytes_(arena_bytes),
@@ -16,7 +23,7 @@ ExpertStore::ExpertStore(Io io, int n_lanes, uint64_t arena_bytes, Tuning tuning
       slabs_(io),
       lanes_(n_lanes) {
     if (tuning.forecast) {
-        order_ = std::make_unique<Forecast>();
+        order_ = std::make_unique<Forecast>(tuning.look_ahead && n_lanes > 1 ? kFirstLayer : 1.0);
     } else {
         order_ = std::make_unique<LeastRecentlyUsed>();
     }
@@ -138,7 +145,9 @@ void ExpertStore::add(int32_t entry, int part) {
     entries_[entry].resident |= static_cast<uint8_t>(1U << part);
     ++resident_slabs_[entries_[entry].layer];
     unverified_.push_back(slab_of(entry, part));
-    if (const Pages own = Slabs::own_pages(tensor, expert); own.bytes() > 0) {
+    const Pages own = Slabs::own_pages(tensor, expert);
+    Slabs::each_shared(missing, own, [this](std::byte* page) { idle_.take(page); });
+    if (own.bytes() > 0) {
         spares_.take(own.begin(), own.bytes());
     }
     const int32_t slab = slab_of(entry, part);
@@ -163,16 +172,20 @@ void ExpertStore::plan_read(int32_t slab, const Tensor& tensor, int expert, Page
     for (uint64_t at = 0; at < n_bytes; at += read_bytes_) {
         const uint64_t n = std::min<uint64_t>(read_bytes_, n_bytes - at);
         // All of a page that the file has, since a neighbour may rely on the rest of it.
-        jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_, slab});
+        jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_, slab, tensor.part});
     }
 }
 
 // False: nothing that may leave is left.
 bool ExpertStore::make_room(const Tensor& tensor, int expert) {
     // Asked again after each eviction: dropping a neighbour can leave a shared page to this slab.
-    while (resident_bytes_ + exclusive_pages(tensor, expert).bytes() > arena_bytes_) {
+    while (resident_bytes_ + idle_.bytes() + exclusive_pages(tensor, expert).bytes() > arena_bytes_) {
         const int32_t victim = order_->next_victim();
         if (victim == Eviction::kNone) {
+            if (idle_.bytes() > 0) {
+                idle_.shrink(0);
+                continue;
+            }
             if (!std::exchange(sparing_, false)) {
                 return false;
             }
@@ -238,9 +251,9 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
         discard(base, pages.bytes());
         return;
     }
-    discard(base, own.first - pages.first);
+    Slabs::each_shared(pages, own, [this](std::byte* page) { idle_.give(page); });
+    idle_.shrink(arena_bytes_ / kIdleShare);
     spares_.give(own.begin(), own.bytes());
-    discard(own.begin() + own.bytes(), pages.last - own.last);
 }
 
 void ExpertStore::check_mapping() const {

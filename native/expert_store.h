@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "eviction.h"
+#include "idle_pages.h"
 #include "mapped_file.h"
 #include "read_lanes.h"
 #include "slabs.h"
@@ -173,6 +174,7 @@ class ExpertStore {
     bool sparing_ = false;  // preferred ones are no victims
     int serving_ = 0;       // number of the layer that was asked for last
     SparePages spares_;
+    IdlePages idle_;
     BusErrorGuard guard_;
     ReadLanes lanes_;
 

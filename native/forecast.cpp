@@ -132,7 +132,8 @@ int32_t Forecast::next_victim() {
         const auto n_layer = static_cast<int>(preferred_.size());
         for (int layer = 0; layer < n_layer; ++layer) {
             const int distance = 1 + (layer - layer_ - 1 + n_layer) % n_layer;  // until it is passed again
-            const double factor = 1.0 / (static_cast<double>(distance) / n_layer + 1.0);
+            const double worth = layer == 0 ? first_layer_ : 1.0;
+            const double factor = worth / (static_cast<double>(distance) / n_layer + 1.0);
             for (int32_t entry = first_[layer]; entry < first_[layer + 1]; ++entry) {
                 if (present_[entry]) {
                     candidates_.push_back({probability_[entry] * factor, entry});

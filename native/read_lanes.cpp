@@ -159,7 +159,6 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
         return;
     }
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::deque<ReadJob>& queue = urgency == Urgency::demanded ? demanded_ : speculative_;
     for (const ReadJob& job : jobs) {
         Slab& slab = slabs_[job.slab];
         if (slab.n_left.load(std::memory_order_relaxed) == 0) {
@@ -169,9 +168,19 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
         }
         ++slab.n_jobs;
         slab.n_left.fetch_add(1, std::memory_order_relaxed);
-        queue.push_back(job);
+        if (urgency == Urgency::demanded) {
+            demand(job);
+        } else {
+            speculative_.push_back(job);
+        }
     }
     work_ready_.notify_all();
+}
+
+void ReadLanes::demand(const ReadJob& job) {
+    const auto later = std::upper_bound(demanded_.begin(), demanded_.end(), job,
+                                        [](const ReadJob& a, const ReadJob& b) { return a.rank < b.rank; });
+    demanded_.insert(later, job);
 }
 
 void ReadLanes::hasten(int32_t slab) {
@@ -180,7 +189,7 @@ void ReadLanes::hasten(int32_t slab) {
     const auto others = std::stable_partition(speculative_.begin(), speculative_.end(),
                                               [&](const ReadJob& job) { return job.slab != slab; });
     if (others != speculative_.end()) {
-        demanded_.insert(demanded_.end(), others, speculative_.end());
+        std::for_each(others, speculative_.end(), [this](const ReadJob& job) { demand(job); });
         speculative_.erase(others, speculative_.end());
         work_ready_.notify_all();
     }

@@ -31,6 +31,7 @@ struct ReadJob {
     size_t needed;
     Io io;
     int32_t slab = 0;
+    int rank = 0;  // among what is demanded: the lower ones first
     int n_tries = 0;
     int failed_by = -1;        // the lane that tried last
     bool speculative = false;  // taken from the queue of those
@@ -80,6 +81,7 @@ class ReadLanes {
     static constexpr int kCaller = 0;  // as a lane
 
     void work(int lane);
+    void demand(const ReadJob& job);
     bool take(ReadJob& job, int lane);
     void work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock);
     void finish(int32_t slab);

@@ -72,6 +72,9 @@ class Slabs {
     // neighbours on either side can reach into the first and the last one.
     template <typename Holds>
     static Pages pages_without(const Tensor& tensor, int expert, const Holds& hold);
+    // Those of a slab's pages that are not wholly its own, one by one.
+    template <typename Do>
+    static void each_shared(Pages pages, Pages own, const Do& act);
     static uint64_t file_offset(const Tensor& tensor, uintptr_t page);
 
    private:
@@ -108,6 +111,18 @@ Pages Slabs::pages_without(const Tensor& tensor, int expert, const Holds& hold) 
         }
     }
     return own;
+}
+
+template <typename Do>
+void Slabs::each_shared(Pages pages, Pages own, const Do& act) {
+    for (uintptr_t page = pages.first; page < pages.last; page += page_size()) {
+        if (page == own.first && own.bytes() > 0) {
+            page = own.last;
+        }
+        if (page < pages.last) {
+            act(reinterpret_cast<std::byte*>(page));
+        }
+    }
 }
 
 }  // namespace edgemoe

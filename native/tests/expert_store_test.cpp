@@ -82,7 +82,7 @@ Experts random_experts(std::mt19937& random, int n_expert, int most) {
 void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, int n_requests, uint32_t seed,
              Tuning tuning) {
     PlacedStore placed(model, io, n_lanes, arena_bytes, tuning);
-    ReferenceStore reference(model, io, arena_bytes);
+    ReferenceStore reference(model, io, arena_bytes, tuning.recycle);
     std::mt19937 random(seed);
     int n_refused = 0;
     for (int i = 0; i < n_requests; ++i) {
@@ -125,7 +125,7 @@ void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, i
 
 void compare_awkward(Io io) {
     const TinyModel model = awkward_model(11);
-    for (const uint64_t n_pages : {12U, 30U, 100U, 100000U}) {
+    for (const uint64_t n_pages : {12U, 30U, 100U, 130U, 100000U}) {
         const auto seed = static_cast<uint32_t>(n_pages);
         compare(model, io, 3, n_pages * page_size(), 150, seed, kPlain);
         compare(model, io, 3, n_pages * page_size(), 100, seed + 1, kRecycling);

@@ -18,8 +18,12 @@ using Experts = std::vector<int32_t>;
 // Layers of `n` experts each, of which a token uses `used`.
 class Textbook {
    public:
-    Textbook(int n_layer, int n, int used)
-        : present(static_cast<size_t>(n_layer * n), false), n_layer_(n_layer), n_(n), used_(used) {
+    Textbook(int n_layer, int n, int used, double first_layer)
+        : present(static_cast<size_t>(n_layer * n), false),
+          n_layer_(n_layer),
+          n_(n),
+          used_(used),
+          first_layer_(first_layer) {
         for (std::vector<double>& q : q_) {
             q.assign(present.size(), static_cast<double>(used) / n);
         }
@@ -69,7 +73,8 @@ class Textbook {
             const int d = 1 + (of - layer - 1 + n_layer_) % n_layer_;
             for (int32_t e = 0; e < n_; ++e) {
                 const size_t i = at(of, e);
-                const double key = p[i] * (1.0 / (static_cast<double>(d) / n_layer_ + 1.0));
+                const double worth = of == 0 ? first_layer_ : 1;
+                const double key = p[i] * (worth / (static_cast<double>(d) / n_layer_ + 1.0));
                 if (present[i] && !offered[i] && (best == Eviction::kNone || key < least)) {
                     best = static_cast<int32_t>(i);
                     least = key;
@@ -111,6 +116,7 @@ class Textbook {
     }
 
     const int n_layer_, n_, used_;
+    const double first_layer_;
     std::array<std::vector<double>, 5> q_;
     std::array<double, 5> w_{};
     std::vector<bool> visited_;
@@ -133,9 +139,10 @@ Experts draw(std::mt19937& random, int n, int used) {
 
 void compare(int n_layer, int n, int used, int n_passes, uint32_t seed) {
     std::mt19937 random(seed);
-    Forecast forecast;
+    const double first_layer = seed % 2 == 0 ? 1 : 3;
+    Forecast forecast(first_layer);
     forecast.resize(std::vector<int>(static_cast<size_t>(n_layer), n));
-    Textbook textbook(n_layer, n, used);
+    Textbook textbook(n_layer, n, used, first_layer);
     const auto prefer = [&](int layer) {
         const Experts preferred = draw(random, n, static_cast<int>(random() % static_cast<uint32_t>(n + 1)));
         forecast.prefer(layer, preferred);

@@ -44,10 +44,10 @@ class Reading {
     Reading& operator=(const Reading&) = delete;
 
     uint64_t at(int32_t slab, int32_t job = 0) const { return static_cast<uint64_t>(slab * kJobs + job) * page; }
-    void submit(int32_t slab, Urgency urgency, int32_t n_jobs = 1) {
+    void submit(int32_t slab, Urgency urgency, int32_t n_jobs = 1, int rank = 0) {
         std::vector<ReadJob> jobs;
         for (int32_t job = 0; job < n_jobs; ++job) {
-            jobs.push_back({&file_, at(slab, job), memory_ + at(slab, job), page, page, io_, slab});
+            jobs.push_back({&file_, at(slab, job), memory_ + at(slab, job), page, page, io_, slab, rank});
         }
         lanes->submit(jobs, urgency);
     }
@@ -109,6 +109,28 @@ TEST(demanded_before_speculative) {
     for (const int32_t slab : {1, 2, 3, 4, 5}) {
         CHECK(reading.holds(slab) && !reading.lanes->failed(slab));
     }
+}
+
+TEST(what_is_needed_first_is_read_first) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(0)});
+    reading.submit(0, kSpeculative);
+    reading.disk.await(1);  // the one lane is busy; the rest queues up
+    reading.submit(1, kSpeculative, 1, 1);
+    reading.submit(2, kSpeculative, 1, 0);
+    reading.submit(3, kSpeculative, 1, 2);
+    reading.submit(4, kSpeculative, 1, 0);
+    for (const int32_t slab : {1, 2, 3}) {
+        reading.lanes->hasten(slab);
+    }
+    reading.submit(5, kDemanded, 1, 1);
+    reading.submit(6, kDemanded, 1, 0);
+    reading.disk.let_go();
+    for (const int32_t slab : {1, 2, 3, 4, 5, 6}) {
+        reading.watch(slab);
+    }
+    CHECK(reading.disk.offsets() == (Offsets{reading.at(0), reading.at(2), reading.at(6), reading.at(1), reading.at(5),
+                                             reading.at(3), reading.at(4)}));
 }
 
 TEST(half_of_the_lanes_are_left_to_demands) {

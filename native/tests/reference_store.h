@@ -17,8 +17,11 @@ class ReferenceStore {
     using Slab = std::tuple<int, size_t, int>;  // layer, part, expert
     using Page = std::pair<size_t, uint64_t>;   // tensor, page number in its file
 
-    ReferenceStore(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes)
-        : model_(model), io_(io), arena_bytes_(arena_bytes) {}
+    ReferenceStore(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes, bool recycle)
+        : model_(model),
+          io_(io),
+          arena_bytes_(arena_bytes),
+          most_idle_(recycle && io != edgemoe::Io::mmap ? arena_bytes / 64 / edgemoe::page_size() : 0) {}
 
     // False: the request cannot be met.
     bool acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {
@@ -63,13 +66,14 @@ class ReferenceStore {
                     continue;
                 }
                 stats.misses += counted ? 1 : 0;
-                while (resident_bytes() + growth(slab) > arena_bytes_) {
-                    if (!evict_oldest(pinned)) {
-                        for (const Slab& undone : added) {
-                            remove(undone);
-                        }
-                        return false;
+                while (resident_bytes() + idle_.size() * edgemoe::page_size() + growth(slab) > arena_bytes_) {
+                    if (evict_oldest(pinned) || !std::exchange(idle_, {}).empty()) {
+                        continue;
                     }
+                    for (const Slab& undone : added) {
+                        remove(undone);
+                    }
+                    return false;
                 }
                 to_read += io_ == edgemoe::Io::pread ? model_.slab_bytes(layer, part) : growth(slab);
                 add(slab);
@@ -103,6 +107,7 @@ class ReferenceStore {
         resident.insert(slab);
         for (const Page& page : pages_of(slab)) {
             ++pages[page];
+            idle_.remove(page);
         }
     }
     void remove(const Slab& slab) {
@@ -110,8 +115,23 @@ class ReferenceStore {
         for (const Page& page : pages_of(slab)) {
             if (--pages[page] == 0) {
                 pages.erase(page);
+                if (shares(slab, page)) {
+                    idle_.push_back(page);
+                }
             }
         }
+        while (idle_.size() > most_idle_) {
+            idle_.pop_front();
+        }
+    }
+    // The slab has pages of its own, and this is another.
+    bool shares(const Slab& slab, const Page& page) const {
+        const auto [layer, part, expert] = slab;
+        const uint64_t n = model_.slab_bytes(layer, part);
+        const uint64_t begin = model_.tensors[page.first].offset + static_cast<uint64_t>(expert) * n;
+        const uint64_t first = edgemoe::page_ceil(begin) / edgemoe::page_size();
+        const uint64_t last = edgemoe::page_floor(begin + n) / edgemoe::page_size();
+        return first < last && (page.second < first || page.second >= last);
     }
     // Of the entry that was not asked for longest, everything that this request does not need.
     template <typename Pinned>
@@ -135,5 +155,7 @@ class ReferenceStore {
     const TinyModel& model_;
     const edgemoe::Io io_;
     const uint64_t arena_bytes_;
+    const uint64_t most_idle_;
     std::list<Expert> order_;
+    std::list<Page> idle_;  // needed by no resident slab, but kept; the oldest first
 };

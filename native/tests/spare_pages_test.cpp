@@ -6,37 +6,17 @@
 #include <random>
 
 #include "check.h"
-#include "resident_pages.h"
+#include "page_space.h"
 
 using edgemoe::page_size;
 using edgemoe::SparePages;
 
 namespace {
 
-// Reserved address space, in pages.
-class Space {
-   public:
-    explicit Space(size_t n_pages) : size_(n_pages * page_size()), base_(edgemoe::reserve_memory(size_)) {
-        edgemoe::use_small_pages(base_, size_);
-    }
-    ~Space() { edgemoe::release_memory(base_, size_); }
-    Space(const Space&) = delete;
-    Space& operator=(const Space&) = delete;
-
-    std::byte* at(size_t page) const { return base_ + page * page_size(); }
-    void fill(size_t page, size_t n) const { std::memset(at(page), 0x5a, n * page_size()); }
-    size_t held() const { return count_resident(base_, size_); }
-    size_t held(size_t page, size_t n) const { return count_resident(at(page), n * page_size()); }
-
-   private:
-    const size_t size_;
-    std::byte* const base_;
-};
-
 size_t bytes(size_t pages) { return pages * page_size(); }
 
 void skip_where_pages_cannot_move() {
-    const Space space(2);
+    const PageSpace space(2);
     space.fill(0, 1);
     if (!edgemoe::move_pages(space.at(0), space.at(1), bytes(1))) {
         throw check::Skipped("pages cannot be moved here");
@@ -47,7 +27,7 @@ void skip_where_pages_cannot_move() {
 
 TEST(pages_move_with_what_is_in_them) {
     skip_where_pages_cannot_move();
-    const Space space(8);
+    const PageSpace space(8);
     space.fill(1, 2);
     CHECK(edgemoe::move_pages(space.at(1), space.at(5), bytes(2)));
     CHECK_EQUAL(space.held(5, 2), 2U);
@@ -58,7 +38,7 @@ TEST(pages_move_with_what_is_in_them) {
 
 TEST(given_pages_go_to_another_place) {
     skip_where_pages_cannot_move();
-    const Space space(20);
+    const PageSpace space(20);
     SparePages spares;
     space.fill(2, 3);
     spares.give(space.at(2), bytes(3));
@@ -72,7 +52,7 @@ TEST(given_pages_go_to_another_place) {
 }
 
 TEST(place_that_is_taken_again_keeps_its_pages) {
-    const Space space(20);
+    const PageSpace space(20);
     SparePages spares;
     for (const size_t page : {2U, 8U}) {
         space.fill(page, 3);
@@ -87,7 +67,7 @@ TEST(place_that_is_taken_again_keeps_its_pages) {
 }
 
 TEST(pages_of_another_size_stay) {
-    const Space space(20);
+    const PageSpace space(20);
     SparePages spares;
     space.fill(2, 3);
     spares.give(space.at(2), bytes(3));
@@ -103,7 +83,7 @@ TEST(pages_of_another_size_stay) {
 }
 
 TEST(oldest_are_given_back_first) {
-    const Space space(20);
+    const PageSpace space(20);
     SparePages spares;
     for (const size_t page : {0U, 5U, 10U}) {
         space.fill(page, 2);
@@ -121,7 +101,7 @@ TEST(oldest_are_given_back_first) {
 }
 
 TEST(nothing_to_give_or_take) {
-    const Space space(4);
+    const PageSpace space(4);
     SparePages spares;
     spares.give(space.at(0), 0);
     spares.take(space.at(2), bytes(2));
@@ -133,7 +113,7 @@ TEST(nothing_to_give_or_take) {
 TEST(memory_is_constant_while_slabs_come_and_go) {
     skip_where_pages_cannot_move();
     constexpr size_t kPlaces = 40, kPages = 4;
-    const Space space(kPlaces * kPages);
+    const PageSpace space(kPlaces * kPages);
     SparePages spares;
     std::mt19937 random(1);
     std::map<size_t, size_t> in_use;  // pages, by place
@@ -169,7 +149,7 @@ TEST(only_so_many_places_trade) {
     if (most > 100000) {
         throw check::Skipped("more memory areas than are worth filling");
     }
-    const Space space(most + 7);
+    const PageSpace space(most + 7);
     SparePages spares;
     space.fill(0, most + 7);
     for (size_t page = 0; page < most + 7; ++page) {
