@@ -247,7 +247,7 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
         return;
     }
     const Pages own = Slabs::own_pages(tensor, expert);
-    if (!tuning_.recycle || own.bytes() == 0) {
+    if (!tuning_.recycle || own.bytes() < std::max<uint64_t>(tuning_.least_recycled, 1)) {
         discard(base, pages.bytes());
         return;
     }

@@ -57,6 +57,7 @@ struct Tuning {
     bool overlap = true;     // a layer computes while its later parts are still arriving
     bool look_ahead = true;  // the next layer's experts are read while this one computes
     bool forecast = true;    // who leaves is whoever is least likely to be used soon, not least recently used
+    uint64_t least_recycled = uint64_t{128} << 10;  // bytes of a slab: fewer are sooner cleared than moved
 };
 
 class ExpertStore {

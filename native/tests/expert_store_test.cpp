@@ -22,7 +22,7 @@ namespace {
 using Experts = std::vector<int32_t>;
 
 // The least recently used leaves first. With recycling, memory of slabs that have left is kept within the arena.
-constexpr Tuning kPlain{false, false, false, false}, kRecycling{true, false, false, false};
+constexpr Tuning kPlain{false, false, false, false}, kRecycling{true, false, false, false, 0};
 
 // Slabs of every awkward size: a byte, less than a page, around a page, several pages; layers 0 and 3 have no experts.
 TinyModel awkward_model(uint64_t seed) {
@@ -82,7 +82,7 @@ Experts random_experts(std::mt19937& random, int n_expert, int most) {
 void compare(const TinyModel& model, Io io, int n_lanes, uint64_t arena_bytes, int n_requests, uint32_t seed,
              Tuning tuning) {
     PlacedStore placed(model, io, n_lanes, arena_bytes, tuning);
-    ReferenceStore reference(model, io, arena_bytes, tuning.recycle);
+    ReferenceStore reference(model, io, arena_bytes, tuning.recycle ? arena_bytes / 64 : 0);
     std::mt19937 random(seed);
     int n_refused = 0;
     for (int i = 0; i < n_requests; ++i) {

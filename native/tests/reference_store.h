@@ -17,11 +17,11 @@ class ReferenceStore {
     using Slab = std::tuple<int, size_t, int>;  // layer, part, expert
     using Page = std::pair<size_t, uint64_t>;   // tensor, page number in its file
 
-    ReferenceStore(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes, bool recycle)
+    ReferenceStore(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes, uint64_t most_idle)
         : model_(model),
           io_(io),
           arena_bytes_(arena_bytes),
-          most_idle_(recycle && io != edgemoe::Io::mmap ? arena_bytes / 64 / edgemoe::page_size() : 0) {}
+          most_idle_(io == edgemoe::Io::mmap ? 0 : most_idle / edgemoe::page_size()) {}
 
     // False: the request cannot be met.
     bool acquire(int layer, uint32_t parts, const std::vector<int32_t>& experts) {

@@ -211,6 +211,7 @@ void interleave(Io io) {
                 }
                 Tuning tuning;
                 tuning.recycle = seed % 3 != 0;
+                tuning.least_recycled = 0;
                 tuning.forecast = seed % 2 == 0;
                 Interleaving(io, n_lanes, arena_pages, tuning, seed++).run(150, with_faults);
             }
