@@ -244,6 +244,8 @@ def _measure(
         bandwidths += filter(None, [disk_bandwidth(cell.index.path)])
         turn = number % len(arms)
         for arm in [*arms[turn:], *arms[:turn]]:
+            if any(run.arm == arm and run.cut_short for run in runs):
+                continue  # one that takes minutes for its first tokens says no more in another round
             runs.append(run_arm(arm, cell, workload, opponent, scratch))
             say(_line(cell, number, runs[-1]))
     compute, prompt_compute, source = _compute(cell, workload, runs, scratch, resident, say)

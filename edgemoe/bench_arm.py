@@ -23,15 +23,30 @@ import numpy.typing as npt
 
 from edgemoe.errors import EdgemoeError
 
-__all__ = ["ARMS", "EDGEMOE", "MMAP", "PLAIN", "Arm", "ArmError", "Name", "Settings", "ask_plan", "ask_text"]
+__all__ = [
+    "ARMS",
+    "EDGEMOE",
+    "MMAP",
+    "PLAIN",
+    "USUAL_ARMS",
+    "Arm",
+    "ArmError",
+    "Name",
+    "Settings",
+    "ask_plan",
+    "ask_text",
+]
 
 Name = Literal["edgemoe", "llama.cpp"]
 EDGEMOE: Name = "edgemoe"
 PLAIN: Name = "llama.cpp"
 
 MMAP = "mmap"
-ARMS = (MMAP, "plain", "all", "auto", "task")
-"""Plain llama.cpp; edgemoe as the control, with all it has, with a task's experts first, with these alone."""
+ARMS = (MMAP, "plain", "blind", "all", "auto", "task")
+"""Plain llama.cpp; edgemoe as the control, without look-ahead, with all it has, with a task's experts first, with these
+alone."""
+USUAL_ARMS = tuple(arm for arm in ARMS if arm != "blind")
+"""Those of a bench that asks for none."""
 
 _CHILD = [sys.executable, "-m", "edgemoe.bench_child"]
 _LEAVE_SECONDS = 60
@@ -57,8 +72,9 @@ class Settings:
         Budget of edgemoe, bytes.
     io : str
         How edgemoe reads experts.
-    plain : bool
-        Whether edgemoe is the control arm: least recently used, no overlap, no look-ahead.
+    tuning : str
+        What edgemoe does: ``all`` it has, ``plain``, the control (least recently used, no overlap, no look-ahead), or
+        ``blind``, all but look-ahead.
     load_mode : str
         How plain llama.cpp loads: ``MMAP``, ``NONE`` or ``DIRECT_IO`` of its enum llama_load_mode.
     n_batch, n_threads_batch : int or None
@@ -75,7 +91,7 @@ class Settings:
     n_threads: int
     ram: int | None = None
     io: str = "auto"
-    plain: bool = False
+    tuning: str = "all"
     load_mode: str = "MMAP"
     n_batch: int | None = None
     n_threads_batch: int | None = None

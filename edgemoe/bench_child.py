@@ -41,8 +41,8 @@ def open_edgemoe(settings: Settings, **changes: Any) -> Llama:
     from edgemoe.plan import PlanLine
     from edgemoe.store import Tuning
 
-    if settings.plain:
-        changes["tuning"] = Tuning.plain()
+    tunings = {"all": Tuning(), "plain": Tuning.plain(), "blind": Tuning(look_ahead=False)}
+    changes["tuning"] = tunings[settings.tuning]
     if settings.forced_bytes:
         changes["reserved"] = [PlanLine("forced routes", settings.forced_bytes, "where tokens are routed to")]
     ram = "auto" if settings.ram is None else settings.ram

@@ -18,7 +18,7 @@ __all__ = ["EXACT", "FIRST", "Figures", "figures_of"]
 FIRST = 64
 """Tokens of an answer's beginning."""
 
-EXACT = (MMAP, "plain", "all")
+EXACT = (MMAP, "plain", "blind", "all")
 """Whose logits the others are compared with."""
 
 

@@ -274,7 +274,14 @@ def save_plots(result: BenchResult, folder: Path) -> None:
             draw(result).savefig(file, format="png")
 
 
-_COLOURS = {"mmap": "#8a8a8a", "plain": "#8a6d00", "all": "#0b4fa0", "auto": "#2e8b3d", "task": "#d06000"}
+_COLOURS = {
+    "mmap": "#8a8a8a",
+    "plain": "#8a6d00",
+    "blind": "#7a3fa0",
+    "all": "#0b4fa0",
+    "auto": "#2e8b3d",
+    "task": "#d06000",
+}
 
 
 def _draw_speeds(result: BenchResult) -> Figure:

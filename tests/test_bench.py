@@ -39,12 +39,13 @@ class Stage:
         self.order: list[tuple[str, str]] = []
         self.resident: list[int | None] = []
         self.resident_fails = False
+        self.slow: set[str] = set()
         index = read_index(TINY_MOE)
 
         def run_arm(arm: str, cell: Cell, workload: Workload, opponent: Settings | None, scratch: Path) -> Run:
             assert (opponent is not None) == (arm == "mmap" or opponent is not None)
             self.order.append((cell.label, arm))
-            return made_up_run(arm)
+            return replace(made_up_run(arm), cut_short=arm in self.slow)
 
         def resident_run(cell: Cell, workload: Workload, scratch: Path) -> Run:
             self.resident.append(cell.settings.n_ubatch)
@@ -76,6 +77,12 @@ def test_another_arm_begins_each_round(stage: Stage) -> None:
     first = [arm for _, arm in stage.order[::3]]
     assert first == ["mmap", "plain", "all", "mmap"]
     assert all({arm for _, arm in stage.order[i : i + 3]} == {"mmap", "plain", "all"} for i in range(0, 12, 3))
+
+
+def test_an_arm_that_is_far_too_slow_runs_once(stage: Stage) -> None:
+    stage.slow = {"mmap"}
+    stage.run(("2x",), ("mmap", "all"), rounds=3)
+    assert [arm for _, arm in stage.order] == ["mmap", "all", "all", "all"]
 
 
 def test_compute_time_is_that_with_everything_in_memory(stage: Stage) -> None:

@@ -66,8 +66,9 @@ def test_forced_routes_change_logits_alike(name: str, tmp_path: Path) -> None:
     with Arm(name, replace(SETTINGS, forced_bytes=MIB)) as arm:
         first, other, again = run(arm, 0), run(arm, 1), run(arm, 0)
     assert first == again != other
-    with Arm(EDGEMOE, replace(SETTINGS, plain=True, forced_bytes=MIB)) as arm:
-        assert run(arm, 0) == first
+    for tuning in ("plain", "blind"):
+        with Arm(EDGEMOE, replace(SETTINGS, tuning=tuning, forced_bytes=MIB)) as arm:
+            assert run(arm, 0) == first
 
 
 def test_a_model_that_cannot_be_opened(tmp_path: Path) -> None:

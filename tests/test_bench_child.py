@@ -57,7 +57,7 @@ def test_plain_llama_is_opened_as_asked(mode: str) -> None:
 
 
 def test_the_control_arm_has_no_tricks() -> None:
-    with open_edgemoe(replace(SETTINGS, plain=True, forced_bytes=12345)) as llama:
+    with open_edgemoe(replace(SETTINGS, tuning="plain", forced_bytes=12345)) as llama:
         evaluator = Evaluator(llama)
         evaluator.prompt(list(range(32)))
         assert evaluator.decode(8)["prefetched_bytes"] == 0

@@ -76,7 +76,7 @@ def test_forced_routes_with_files(model: Path, tmp_path: Path) -> None:
     [
         (("--ram", "50x"), "MiB"),
         (("--ram", "lots"), "is not a memory size"),
-        (("--arms", "all,fast"), "'fast' is none of mmap, plain, all, auto, task"),
+        (("--arms", "all,fast"), "'fast' is none of mmap, plain, blind, all, auto, task"),
         (("--routes", "missing.csv"), "missing.csv cannot be read as a routing trace"),
         (("--recall", "0.5"), "needs forced routes"),
         (("--recall", "1.5"), "not in the range"),

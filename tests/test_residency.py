@@ -16,6 +16,7 @@ from edgemoe.errors import StoreError
 from edgemoe.expert_set import ExpertLayers, ExpertSet, everything
 from edgemoe.memory import page_size
 from edgemoe.plan import expert_pages
+from edgemoe.store import Tuning
 from edgemoe.trace import RouterTrace
 
 SETTINGS = {"n_ctx": 128, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "seed": 1}
@@ -150,7 +151,8 @@ def test_preferred_experts_stay_before_those_never_used_and_allowing_all_ends_th
 
 
 def test_what_a_token_used_is_resident_and_comes_first(model: Path) -> None:
-    with opened(model, 0.5) as llama:
+    # With look-ahead the first layer's experts count for more, in so small a model than others' that were just used.
+    with opened(model, 0.5, tuning=Tuning(look_ahead=False)) as llama:
         assert llama.store.residents() == {}
         traces: list[RouterTrace] = []
         with llama.tap.watch(traces.append):

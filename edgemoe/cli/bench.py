@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgemoe.bench_arm import ARMS
+from edgemoe.bench_arm import ARMS, USUAL_ARMS
 from edgemoe.cli import options
 
 
@@ -44,7 +44,12 @@ def _arms(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
     help="With forced routes: tell look-ahead this share of the next experts rightly.  [default: it asks the routers]",
 )
 @click.option(
-    "--arms", metavar="LIST", default=",".join(ARMS), show_default=True, callback=_arms, help=f"Of {', '.join(ARMS)}."
+    "--arms",
+    metavar="LIST",
+    default=",".join(USUAL_ARMS),
+    show_default=True,
+    callback=_arms,
+    help=f"Of {', '.join(ARMS)}.",
 )
 @click.option("--tokens", metavar="N", type=click.IntRange(1, 2**20), default=256, show_default=True, help="Decoded.")
 @click.option("--prompt", metavar="N", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Before.")
@@ -75,8 +80,8 @@ def command(
 
     Every arm is a process of its own that starts with a cold page cache, in a memory cgroup of the size of --ram where
     one can be made (usually as root): mmap is plain llama.cpp at its best number of threads and way to load, plain is
-    edgemoe without its tricks, all is edgemoe, auto has the experts of the prompt's pattern in memory first, task uses
-    these alone. All evaluate the same tokens with the same experts.
+    edgemoe without its tricks, blind without look-ahead alone, all is edgemoe, auto has the experts of the prompt's
+    pattern in memory first, task uses these alone. All evaluate the same tokens with the same experts.
 
     Nothing else should run on the machine.
     """
