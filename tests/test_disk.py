@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def test_nothing_before_it_comes_near(speeds: list[float]) -> None:
     near = [candidate for candidate in CANDIDATES if by_candidate[candidate] >= disk.NEAR_BEST * max(speeds)]
     assert (chosen.lanes, chosen.read_bytes) == near[0]
     assert chosen.bytes_per_s == by_candidate[near[0]]
+
+
+@given(st.sampled_from(CANDIDATES[1:]), st.integers(0, disk.ROUNDS - 1), st.floats(1.7, 100))
+def test_one_lucky_try_decides_nothing(lucky: tuple[int, int], which: int, factor: float) -> None:
+    n_tries: Counter[tuple[int, int]] = Counter()
+
+    def measure(lanes: int, read_bytes: int, _: float) -> float:
+        way = lanes, read_bytes
+        n_tries[way] += 1
+        return 1e9 * (factor if way == lucky and n_tries[way] == which + 1 else 1)
+
+    chosen = disk._measured(measure)
+    assert (chosen.lanes, chosen.read_bytes, chosen.bytes_per_s) == (*CANDIDATES[0], 1e9)
 
 
 def test_buffers_are_bounded() -> None:
