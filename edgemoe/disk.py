@@ -36,8 +36,11 @@ disk busy: a token took 252 ms with 8, 298 with 3 and 293 with 2, which the prob
 """
 
 NEAR_BEST = 0.6
-"""A way to read is as good as the best where it reaches this share of its bandwidth. Tries of 50 ms of one way differ by
-a half on a shared disk; where more lanes do harm, on disks that move or have one channel, they do more than that."""
+"""A way to read is as good as the best where it reaches this share of its bandwidth.
+
+Tries of 50 ms of one way differ by a half on a shared disk; where more lanes do harm, on disks that move or have one
+channel, they do more than that.
+"""
 
 SECONDS = 2.0
 """What a probe takes; a disk that needs twice as long, because single reads are slow, is judged by what was tried."""
