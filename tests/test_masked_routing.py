@@ -28,8 +28,8 @@ N_DECODED = 12
 UNLIMITED = ("deepseek4", "grovemoe")
 
 # Relative to the largest logit; 1e-6 was seen with AVX-512, 2e-5 without it. A softmax over all experts adds zeros for
-# those that are not kept, in another order. What becomes of a different last bit is bounded only where nothing behind it
-# is rounded to 16 bits.
+# those that are not kept, in another order. What becomes of a different last bit is bounded only where nothing behind
+# it is rounded to 16 bits.
 TOLERANCE = 1e-4
 F32_CACHE = {"type_k": 0, "type_v": 0}
 
