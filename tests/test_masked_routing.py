@@ -27,9 +27,9 @@ N_DECODED = 12
 # Their routers cannot be limited in every layer: a table chooses, or two sets of experts are behind one router.
 UNLIMITED = ("deepseek4", "grovemoe")
 
-# Relative to the largest logit; 1e-6 was seen, and 2e-5 (grok) on a processor with AVX2 alone. A softmax over all experts
-# adds zeros for those that are not kept, in another order. What becomes of a different last bit is bounded only where
-# nothing behind it is rounded to 16 bits.
+# Relative to the largest logit; 1e-6 was seen, and 2e-5 (grok) on a processor with AVX2 alone. A softmax over all
+# experts adds zeros for those that are not kept, in another order. What becomes of a different last bit is bounded
+# only where nothing behind it is rounded to 16 bits.
 TOLERANCE = 1e-4
 F32_CACHE = {"type_k": 0, "type_v": 0}
 
