@@ -22,9 +22,9 @@ import click
 from benchmarks.measurements import say
 from benchmarks.synthetic_model import SHAPES, write_synthetic_model
 from edgemoe.bench import run_bench
-from edgemoe.bench_arm import ARMS, USUAL_ARMS
 from edgemoe.bench_report import bench_tables, save_csv, save_plots
 from edgemoe.cli import ui
+from edgemoe.cli.bench import ARMS_OPTION
 from edgemoe.errors import EdgemoeError
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +53,7 @@ def model_of(shape: str, layers: int | None, folder: Path | None) -> Iterator[Pa
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="For the model.")
 @click.option("--ram", "budgets", multiple=True, default=["fits", "2x", "4x", "8x"], show_default=True)
 @click.option("--routes", "routings", multiple=True, type=click.Choice(list(ROUTINGS)), default=list(ROUTINGS))
-@click.option("--arms", default=",".join(USUAL_ARMS), show_default=True, help=f"Of {', '.join(ARMS)}.")
+@ARMS_OPTION
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True)
@@ -67,7 +67,7 @@ def main(
     folder: Path | None,
     budgets: tuple[str, ...],
     routings: tuple[str, ...],
-    arms: str,
+    arms: list[str],
     rounds: int,
     tokens: int,
     prompt: int,
@@ -78,9 +78,7 @@ def main(
     with contextlib.nullcontext(model) if model else model_of(shape, layers, folder) as path:
         for routing in routings:
             say(f"{routing} routes")
-            result = run_bench(
-                path, budgets, ROUTINGS[routing], arms.split(","), prompt, tokens, rounds, threads, recall, say
-            )
+            result = run_bench(path, budgets, ROUTINGS[routing], arms, prompt, tokens, rounds, threads, recall, say)
             into = out / f"speed-{path.stem}-{routing}"
             save_plots(result, into)
             save_csv(result, into / "bench.csv")

@@ -227,6 +227,11 @@ def _cell(label: str, ram: int | None, index: ExpertIndex, settings: Settings) -
     )
 
 
+def _far_too_slow(run: Run, workload: Workload) -> bool:
+    """Whether not even a quarter of the tokens was decoded before the time was over."""
+    return run.failure is None and len(run.token_s) < len(workload.decode) / 4
+
+
 def _measure(
     cell: Cell,
     workload: Workload,
@@ -244,8 +249,8 @@ def _measure(
         bandwidths += filter(None, [disk_bandwidth(cell.index.path)])
         turn = number % len(arms)
         for arm in [*arms[turn:], *arms[:turn]]:
-            if any(run.arm == arm and run.cut_short for run in runs):
-                continue  # one that takes minutes for its first tokens says no more in another round
+            if any(run.arm == arm and _far_too_slow(run, workload) for run in runs):
+                continue  # it takes minutes, and says no more in another round
             runs.append(run_arm(arm, cell, workload, opponent, scratch))
             say(_line(cell, number, runs[-1]))
     compute, prompt_compute, source = _compute(cell, workload, runs, scratch, resident, say)

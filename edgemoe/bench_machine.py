@@ -109,7 +109,7 @@ def make_cold(path: Path) -> None:
 
 
 def _cached_share(file: int) -> float:
-    """Share of a file's pages that are in the page cache; 0 where the system does not tell, to those who may not write.
+    """Share of a file's pages that are in the page cache; 0 for somebody else's file, where the system may not tell.
 
     A mapping is asked (mincore). Reading with RWF_NOWAIT would have recent kernels read ahead what it asks about.
     """

@@ -112,8 +112,6 @@ class Run:
         Most memory of the cgroup, and of the process itself (VmHWM).
     times_full : int or None
         How often the cgroup's limit was met.
-    cut_short : bool
-        Whether it was too slow to decode all tokens.
     details : dict
         Threads, load mode, n_ubatch, I/O mode, counters that only some arms have.
     """
@@ -134,7 +132,6 @@ class Run:
     peak: int | None = None
     peak_rss: int | None = None
     times_full: int | None = None
-    cut_short: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -248,7 +245,6 @@ def _measure(run: Run, child: Arm, cell: Cell, workload: Workload, scratch: Path
         do="decode", n_tokens=len(workload.decode), tokens=workload.decode, limit_s=DECODE_LIMIT, least=DECODE_LEAST
     )
     run.token_s, run.checksums = after["seconds"], after["checksums"]
-    run.cut_short = len(run.token_s) < len(workload.decode)
     run.bytes_read = _less(after["disk_bytes"], prompt["disk_bytes"])
     run.peak_rss = after["peak_rss"]
     if child.name == EDGEMOE:

@@ -38,8 +38,8 @@ disk busy: a token took 252 ms with 8, 298 with 3 and 293 with 2, which the prob
 NEAR_BEST = 0.6
 """A way to read is as good as the best where it reaches this share of its bandwidth.
 
-Tries of 50 ms of one way differ by a half on a shared disk; where more lanes do harm, on disks that move or have one
-channel, they do more than that.
+Tries of 50 ms of one way differ by up to twice on a shared disk. Where more lanes do harm, as on a disk that moves,
+they are taken to do more than that.
 """
 
 SECONDS = 2.0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_bytes import TYPE_FUTURE, gguf_bytes, moe_metadata, moe_tensors
 from plain_llama import TINY_MOE, greedy, logits, plain_llama
-from test_masked_routing import F32_CACHE, LIMITED, SETTINGS, TOLERANCE, TRAINED, UNLIMITED, model_file, opened
+from test_masked_routing import F32_CACHE, LIMITED, SETTINGS, TRAINED, UNLIMITED, model_file, opened, tolerance
 from tiny_models import TINY_ARCHITECTURES, write_tiny_model
 from tiny_patterns import tiny_pattern
 
@@ -115,11 +115,11 @@ def difference(first: Path, second: Path) -> float:
 
 @pytest.mark.parametrize("name", [TRAINED, *LIMITED])
 def test_ordered_experts_are_the_same_model(name: str, tmp_path: Path) -> None:
-    """Up to the last bits of a softmax, and what becomes of them in the layers behind: `TOLERANCE`."""
+    """Up to the last bits of a softmax, and what becomes of them in the layers behind: `tolerance`."""
     source, output = model_file(name, tmp_path), tmp_path / "ordered.gguf"
     pattern = pattern_of(source)
     align(source, output, pattern=pattern)
-    assert difference(source, output) <= TOLERANCE
+    assert difference(source, output) <= tolerance(name)
     found = verify(source, output)
     assert found.same and found.renumbered
 

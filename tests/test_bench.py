@@ -39,13 +39,15 @@ class Stage:
         self.order: list[tuple[str, str]] = []
         self.resident: list[int | None] = []
         self.resident_fails = False
-        self.slow: set[str] = set()
+        self.fails: str | None = None
+        self.n_tokens: dict[str, int] = {}
         index = read_index(TINY_MOE)
 
         def run_arm(arm: str, cell: Cell, workload: Workload, opponent: Settings | None, scratch: Path) -> Run:
             assert (opponent is not None) == (arm == "mmap" or opponent is not None)
             self.order.append((cell.label, arm))
-            return replace(made_up_run(arm), cut_short=arm in self.slow)
+            failure = "it ended" if arm == self.fails else None
+            return replace(made_up_run(arm, n_tokens=self.n_tokens.get(arm, 16)), failure=failure)
 
         def resident_run(cell: Cell, workload: Workload, scratch: Path) -> Run:
             self.resident.append(cell.settings.n_ubatch)
@@ -80,9 +82,15 @@ def test_another_arm_begins_each_round(stage: Stage) -> None:
 
 
 def test_an_arm_that_is_far_too_slow_runs_once(stage: Stage) -> None:
-    stage.slow = {"mmap"}
-    stage.run(("2x",), ("mmap", "all"), rounds=3)
-    assert [arm for _, arm in stage.order] == ["mmap", "all", "all", "all"]
+    stage.n_tokens = {"mmap": 3, "plain": 4}
+    stage.run(("2x",), ("mmap", "plain"), rounds=3)
+    assert [arm for _, arm in stage.order] == ["mmap", "plain", "plain", "plain"]
+
+
+def test_an_arm_that_failed_is_tried_again(stage: Stage) -> None:
+    stage.n_tokens, stage.fails = {"mmap": 0}, "mmap"
+    stage.run(("2x",), ("mmap", "all"), rounds=2)
+    assert sorted(arm for _, arm in stage.order) == ["all", "all", "mmap", "mmap"]
 
 
 def test_compute_time_is_that_with_everything_in_memory(stage: Stage) -> None:

@@ -27,16 +27,24 @@ N_DECODED = 12
 # Their routers cannot be limited in every layer: a table chooses, or two sets of experts are behind one router.
 UNLIMITED = ("deepseek4", "grovemoe")
 
-# Relative to the largest logit; 1e-6 was seen, and 2e-5 (grok) on a processor with AVX2 alone. A softmax over all
-# experts adds zeros for those that are not kept, in another order. What becomes of a different last bit is bounded
-# only where nothing behind it is rounded to 16 bits.
-TOLERANCE = 1e-4
+# Relative to the largest logit; 1e-6 was seen. A softmax over all experts adds zeros for those that are not kept, in
+# another order. What becomes of a different last bit is bounded only where nothing behind it is rounded to 16 bits.
+TOLERANCE = 5e-6
+
+# llama.cpp's GELU is a table that is asked with 16 bits: where a last bit falls on the other side of a rounding, as for
+# a quarter of the prompts tried, 2e-5 was seen.
+GELU = ("grok",)
+GELU_TOLERANCE = 1e-4
 F32_CACHE = {"type_k": 0, "type_v": 0}
 
 # Whole vectors of any processor: with such sets a softmax adds the same numbers in the same order, and then zeros.
 BLOCK = 16
 
 Kept = Mapping[int, list[int]]
+
+
+def tolerance(name: str) -> float:
+    return GELU_TOLERANCE if name in GELU else TOLERANCE
 
 
 def model_file(name: str, tmp_path: Path, **dimensions: int) -> Path:
@@ -126,7 +134,7 @@ def test_masked_is_sliced_bit_for_bit(name: str, share: float, tmp_path: Path) -
 def test_any_set_is_sliced(name: str, tmp_path: Path) -> None:
     path = model_file(name, tmp_path)
     found = difference(path, lambda llama: random_sets(llama, llama.index.n_expert // 2), tmp_path, **F32_CACHE)
-    assert found <= TOLERANCE
+    assert found <= tolerance(name)
     if name in GATINGS and GATINGS[name].score != "softmax":
         assert found == 0.0
 

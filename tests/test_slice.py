@@ -14,12 +14,12 @@ from test_masked_routing import (
     F32_CACHE,
     LIMITED,
     SETTINGS,
-    TOLERANCE,
     TRAINED,
     UNLIMITED,
     keep,
     model_file,
     opened,
+    tolerance,
 )
 from tiny_models import write_tiny_model
 
@@ -73,7 +73,7 @@ def test_sliced_is_masked(name: str, tmp_path: Path) -> None:
     sliced.close()
     assert np.isfinite(expected).all()
     found = masked_logits(source, chosen, answer)
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= tolerance(name) * np.abs(expected).max()
     index = read_index(output)
     assert index.n_expert == half(source) and index.moe_layers == chosen.layers
 
@@ -121,7 +121,7 @@ def test_fewer_active_experts(name: str, tmp_path: Path) -> None:
     expected = logits(sliced, PROMPT, answer)
     sliced.close()
     found = masked_logits(source, chosen, answer, kv_overrides={f"{before.architecture}.expert_used_count": 3})
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= tolerance(name) * np.abs(expected).max()
 
 
 def test_active_experts_of_each_layer(tmp_path: Path) -> None:

@@ -18,6 +18,17 @@ def _arms(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
     return arms
 
 
+ARMS_OPTION = click.option(
+    "--arms",
+    metavar="LIST",
+    default=",".join(USUAL_ARMS),
+    show_default=True,
+    callback=_arms,
+    help=f"Of {', '.join(ARMS)}.",
+)
+"""Also of `benchmarks.speed`."""
+
+
 @click.command("bench")
 @options.MODEL
 @click.option(
@@ -43,14 +54,7 @@ def _arms(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
     type=click.FloatRange(0, 1),
     help="With forced routes: tell look-ahead this share of the next experts rightly.  [default: it asks the routers]",
 )
-@click.option(
-    "--arms",
-    metavar="LIST",
-    default=",".join(USUAL_ARMS),
-    show_default=True,
-    callback=_arms,
-    help=f"Of {', '.join(ARMS)}.",
-)
+@ARMS_OPTION
 @click.option("--tokens", metavar="N", type=click.IntRange(1, 2**20), default=256, show_default=True, help="Decoded.")
 @click.option("--prompt", metavar="N", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Before.")
 @click.option(
