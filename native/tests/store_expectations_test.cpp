@@ -124,7 +124,8 @@ class Interleaving {
         }
         restore();
         serve_everything();
-        CHECK(n_served_ > n_steps / 8);
+        // How much is served while files are too short depends on what had arrived before.
+        CHECK(n_served_ > (with_faults ? 0 : n_steps / 8));
     }
 
    private:
