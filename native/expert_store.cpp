@@ -65,10 +65,10 @@ bool ExpertStore::probe_direct(const std::string& path, uint64_t offset, std::st
     const size_t n = page_size();
     const uint64_t start = page_floor(offset);
     const size_t needed = static_cast<size_t>(std::min<uint64_t>(n, file.size() - start));
-    std::byte* direct = reserve_memory(2 * n);
+    std::byte* direct = reserve_memory(4 * n);
     bool same = false;
     try {
-        file.read_direct(start, direct, n, needed);
+        file.read_direct(start, direct, needed, direct + 2 * n);
         file.read(start, direct + n, needed);
         file.forget(start, n);
         same = std::memcmp(direct, direct + n, needed) == 0;
@@ -76,7 +76,7 @@ bool ExpertStore::probe_direct(const std::string& path, uint64_t offset, std::st
     } catch (const SystemError& error) {
         why = std::string("O_DIRECT opens but does not transfer: ") + error.what();
     }
-    release_memory(direct, 2 * n);
+    release_memory(direct, 4 * n);
     return same;
 }
 
@@ -93,16 +93,8 @@ void ExpertStore::read_dense(int id, std::byte* to) {
     const MappedFile& file = slabs_.file_of(slabs_.tensors()[id]);
     file.check_unchanged();
     jobs_.clear();
-    const bool direct = io_ == Io::direct && !Slabs::is_small_dense(spec);
-    const uint64_t slack = direct ? spec.offset % page_size() : 0;
-    const uint64_t start = spec.offset - slack;
-    const uint64_t needed = spec.n_bytes + slack;
-    const uint64_t whole = direct ? page_ceil(needed) : needed;
-    for (uint64_t at = 0; at < whole; at += read_bytes_) {
-        const uint64_t n = std::min<uint64_t>(read_bytes_, whole - at);
-        jobs_.push_back(
-            {&file, start + at, to - slack + at, n, std::min(n, needed - at), direct ? Io::direct : Io::pread});
-    }
+    plan_read(file, spec.offset, to, spec.n_bytes,
+              io_ == Io::direct && !Slabs::is_small_dense(spec) ? Io::direct : Io::pread, 0, 0);
     const uint64_t before = lanes_.bytes_read();
     lanes_.run(jobs_);
     file.check_unchanged();
@@ -122,20 +114,10 @@ Pages ExpertStore::exclusive_pages(const Tensor& tensor, int expert) const {
     return Slabs::pages_without(tensor, expert, [&](int other) { return is_resident(tensor, other); });
 }
 
-// What has to be read for a slab: all but the pages of those whose bytes are there, or are waited for together with it.
-// One that is merely expected may be taken back, and nobody waits for it.
-Pages ExpertStore::unread_pages(const Tensor& tensor, int expert) const {
-    return Slabs::pages_without(tensor, expert, [&](int other) {
-        const int32_t entry = in(tensor.spec.layer).first_entry + other;
-        const int32_t slab = slab_of(entry, tensor.part);
-        return is_resident(tensor, other) &&
-               ((entries_[entry].pinned >> tensor.part & 1) != 0 || (!lanes_.arriving(slab) && !lanes_.failed(slab)));
-    });
-}
-
 // ---------------------------------------------------------------- come and go
 
-// Counts a slab as resident and plans the reading of what it lacks.
+// Counts a slab as resident and plans its reading. It relies on no neighbour for the pages that they share: those may
+// be taken back, or fail.
 void ExpertStore::add(int32_t entry, int part) {
     const Layer& its = in(entries_[entry].layer);
     const Tensor& tensor = tensor_of(its.tensors[part]);
@@ -152,27 +134,25 @@ void ExpertStore::add(int32_t entry, int part) {
     }
     const int32_t slab = slab_of(entry, part);
     lanes_.forget(slab);
-    plan_read(slab, tensor, expert, missing, unread_pages(tensor, expert));
+    const MappedFile& file = slabs_.file_of(tensor);
+    if (io_ != Io::mmap) {
+        const uint64_t at = static_cast<uint64_t>(expert) * tensor.slab_bytes;
+        plan_read(file, tensor.spec.offset + at, tensor.data + at, tensor.slab_bytes, io_, slab, part);
+    } else if (missing.bytes() > 0) {
+        // Resident slabs only: around a fault the kernel maps whatever else of the mapping is in its page cache.
+        const uint64_t offset = Slabs::file_offset(tensor, missing.first);
+        file.map_over(missing.begin(), offset, missing.bytes());
+        plan_read(file, offset, missing.begin(), missing.bytes(), io_, slab, part);
+    }
 }
 
-void ExpertStore::plan_read(int32_t slab, const Tensor& tensor, int expert, Pages missing, Pages unread) {
-    const MappedFile& file = slabs_.file_of(tensor);
-    uint64_t begin = tensor.spec.offset + static_cast<uint64_t>(expert) * tensor.slab_bytes;
-    uint64_t n_bytes = tensor.slab_bytes;
-    std::byte* to = tensor.data + static_cast<uint64_t>(expert) * tensor.slab_bytes;
-    if (io_ == Io::mmap && missing.bytes() > 0) {
-        // Resident slabs only: around a fault the kernel maps whatever else of the mapping is in its page cache.
-        file.map_over(missing.begin(), Slabs::file_offset(tensor, missing.first), missing.bytes());
-    }
-    if (io_ != Io::pread) {
-        begin = Slabs::file_offset(tensor, unread.first);
-        n_bytes = unread.bytes();
-        to = unread.begin();
-    }
-    for (uint64_t at = 0; at < n_bytes; at += read_bytes_) {
-        const uint64_t n = std::min<uint64_t>(read_bytes_, n_bytes - at);
-        // All of a page that the file has, since a neighbour may rely on the rest of it.
-        jobs_.push_back({&file, begin + at, to + at, n, std::min(n, file.size() - begin - at), io_, slab, tensor.part});
+void ExpertStore::plan_read(const MappedFile& file, uint64_t offset, std::byte* to, uint64_t n, Io io, int32_t slab,
+                            int rank) {
+    for (uint64_t done = 0; done < n;) {
+        // Whole pages but for both ends, lest one be read twice.
+        const uint64_t piece = std::min(n - done, page_floor(offset + done) + read_bytes_ - (offset + done));
+        jobs_.push_back({&file, offset + done, to + done, piece, io, slab, rank});
+        done += piece;
     }
 }
 

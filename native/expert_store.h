@@ -141,7 +141,6 @@ class ExpertStore {
     const Layer& in(int layer) const { return slabs_.layers()[layer]; }
     const Tensor& tensor_of(int id) const { return slabs_.tensors()[id]; }
     Pages exclusive_pages(const Tensor& tensor, int expert) const;
-    Pages unread_pages(const Tensor& tensor, int expert) const;
     bool is_resident(const Tensor& tensor, int expert) const;
     bool make_room(const Tensor& tensor, int expert);  // after `order_->seek`
     uint32_t removable_parts(int32_t entry) const;
@@ -156,7 +155,7 @@ class ExpertStore {
     void bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted);
     void check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
     void add(int32_t entry, int part);
-    void plan_read(int32_t slab, const Tensor& tensor, int expert, Pages missing, Pages unread);
+    void plan_read(const MappedFile& file, uint64_t offset, std::byte* to, uint64_t n, Io io, int32_t slab, int rank);
     static int32_t slab_of(int32_t entry, int part) { return entry * kMaxParts + part; }
     void prepare_entries();
 

@@ -10,8 +10,11 @@
 #endif
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -38,13 +41,17 @@ int64_t modification_time(const struct stat& info) {
 #endif
 }
 
+using Pieces = std::array<iovec, 3>;  // of memory, filled one after the other; some are empty
+
 // The one loop that handles EINTR and short reads. Returns how much arrived: less than `needed` only at the end of the
 // file. It does not ask again once `needed` is there, because some file systems refuse an unaligned O_DIRECT read even
 // where there is nothing left to give.
-size_t read_fully(int fd, uint64_t offset, std::byte* to, size_t n, size_t needed, const std::string& path) {
+size_t read_fully(int fd, uint64_t offset, Pieces pieces, size_t needed, const std::string& path) {
     size_t done = 0;
+    auto piece = pieces.begin();
     while (done < needed) {
-        const ssize_t got = ::pread(fd, to + done, n - done, static_cast<off_t>(offset + done));
+        const ssize_t got =
+            ::preadv(fd, &*piece, static_cast<int>(pieces.end() - piece), static_cast<off_t>(offset + done));
         if (got < 0) {
             if (errno == EINTR) {
                 continue;
@@ -55,6 +62,13 @@ size_t read_fully(int fd, uint64_t offset, std::byte* to, size_t n, size_t neede
             break;
         }
         done += static_cast<size_t>(got);
+        for (auto left = static_cast<size_t>(got); left > 0;) {
+            const size_t n = std::min(left, piece->iov_len);
+            piece->iov_base = static_cast<std::byte*>(piece->iov_base) + n;
+            piece->iov_len -= n;
+            left -= n;
+            piece += left > 0 ? 1 : 0;
+        }
     }
     return done;
 }
@@ -127,17 +141,33 @@ bool MappedFile::open_direct(std::string& why) {
 }
 
 void MappedFile::read(uint64_t offset, std::byte* to, size_t n) const {
-    const size_t got = read_fully(fd_, offset, to, n, n, path_);
+    const size_t got = read_fully(fd_, offset, {{{to, n}, {}, {}}}, n, path_);
     if (got < n) {
         throw_short(path_, offset, got, n);
     }
 }
 
-void MappedFile::read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const {
-    const size_t got = read_fully(direct_fd_, offset, to, n, needed, path_);
-    if (got < needed) {
-        throw_short(path_, offset, got, needed);
+size_t MappedFile::read_direct(uint64_t offset, std::byte* to, size_t n, std::byte* edges) const {
+    const uint64_t end = offset + n;
+    const uint64_t start = page_floor(offset);
+    const uint64_t whole = page_ceil(end) - start;
+    const uint64_t before = offset - start;
+    const uint64_t first = before > 0 || n < page_size() ? page_size() : 0;  // where they are no whole pages of its own
+    const uint64_t last = end % page_size() > 0 && whole > first ? page_size() : 0;
+    std::byte* const inside = to - before + first;
+    const size_t got =
+        read_fully(direct_fd_, start, {{{edges, first}, {inside, whole - first - last}, {edges + page_size(), last}}},
+                   before + n, path_);
+    if (got < before + n) {
+        throw_short(path_, start, got, before + n);
     }
+    if (first > 0) {
+        std::memcpy(to, edges + before, std::min<uint64_t>(n, first - before));
+    }
+    if (last > 0) {
+        std::memcpy(inside + (whole - first - last), edges + page_size(), end % page_size());
+    }
+    return whole;
 }
 
 void MappedFile::map_over(std::byte* place, uint64_t offset, size_t n) const {

@@ -39,9 +39,10 @@ class MappedFile {
     // Reads exactly n bytes through the page cache.
     void read(uint64_t offset, std::byte* to, size_t n) const;
 
-    // Reads past the page cache. `offset`, `to` and `n` are multiples of the page size; the last page may lie beyond
-    // the end of the file, but at least `needed` bytes must arrive.
-    void read_direct(uint64_t offset, std::byte* to, size_t n, size_t needed) const;
+    // Reads exactly n bytes past the page cache, and returns how many the disk gave: whole pages. `to` is congruent to
+    // `offset` modulo the page size. Pages of which only a part is asked for come to `edges`, two pages of memory, and
+    // no byte beside the n is written.
+    size_t read_direct(uint64_t offset, std::byte* to, size_t n, std::byte* edges) const;
 
     // Maps the file's pages [offset, offset + n) read-only over `place`, replacing what was there. Nothing is read yet.
     void map_over(std::byte* place, uint64_t offset, size_t n) const;

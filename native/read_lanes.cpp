@@ -10,25 +10,19 @@ namespace {
 
 constexpr int kTries = 3;  // the last by a buffered read, which asks the disk in another way
 
-void read_one(const ReadJob& job) {
-    switch (job.io) {
-        case Io::direct:
-            if (job.n_tries + 1 < kTries) {
-                job.file->read_direct(job.offset, job.to, job.n, job.needed);
-                return;
-            }
-            job.file->read(job.offset, job.to, job.needed);
-            job.file->forget(job.offset, job.needed);
-            return;
-        case Io::mmap:
-            populate(job.to, job.n, job.file->path());
-            return;
-        case Io::pread:
-            job.file->read(job.offset, job.to, job.n);
-            // The budget is total: what was copied must not stay in the page cache a second time.
-            job.file->forget(job.offset, job.n);
-            return;
+// Returns how many bytes the disk gave.
+size_t read_one(const ReadJob& job, std::byte* edges) {
+    if (job.io == Io::mmap) {
+        populate(job.to, job.n, job.file->path());
+        return job.n;
     }
+    if (job.io == Io::direct && job.n_tries + 1 < kTries) {
+        return job.file->read_direct(job.offset, job.to, job.n, edges);
+    }
+    job.file->read(job.offset, job.to, job.n);
+    // The budget is total: what was copied must not stay in the page cache a second time.
+    job.file->forget(job.offset, job.n);
+    return job.n;
 }
 
 }  // namespace
@@ -39,7 +33,8 @@ uint64_t now_ns() {
             .count());
 }
 
-ReadLanes::ReadLanes(int n_lanes) {
+ReadLanes::ReadLanes(int n_lanes)
+    : n_edges_(static_cast<size_t>(std::max(n_lanes, 1)) * 2 * page_size()), edges_(reserve_memory(n_edges_)) {
     for (int i = 1; i < n_lanes; ++i) {
         try {
             threads_.emplace_back([this, i] { work(i); });
@@ -58,6 +53,7 @@ ReadLanes::~ReadLanes() {
     for (std::thread& thread : threads_) {
         thread.join();
     }
+    release_memory(edges_, n_edges_);
 }
 
 void ReadLanes::resize(int32_t n_slabs) { slabs_ = std::vector<Slab>(static_cast<size_t>(std::max(n_slabs, 1))); }
@@ -101,8 +97,9 @@ bool ReadLanes::take(ReadJob& job, int lane) {
 void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     std::string failure;
+    size_t n_given = 0;
     try {
-        read_one(job);
+        n_given = read_one(job, edges_ + static_cast<size_t>(lane) * 2 * page_size());
     } catch (const std::exception& error) {
         failure = error.what();
     }
@@ -117,7 +114,7 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
         }
     }
     if (failure.empty()) {
-        bytes_read_ += job.n;
+        bytes_read_ += n_given;
         finish(job.slab);
     } else if (++job.n_tries < kTries && slabs_[job.slab].demanded && !draining_ && !failed(job.slab)) {
         ++n_retries_;

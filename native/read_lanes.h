@@ -22,13 +22,13 @@ namespace edgemoe {
 
 enum class Io { direct, mmap, pread };
 
-// One contiguous read. For `direct`, `offset`, `to` and `n` are whole pages; `needed` is what must exist in the file.
+// One contiguous read, which writes nothing else than its n bytes. For `direct`, `to` is congruent to `offset` modulo
+// the page size; for `mmap`, both are whole pages of a mapping.
 struct ReadJob {
     const MappedFile* file;
     uint64_t offset;
     std::byte* to;
     size_t n;
-    size_t needed;
     Io io;
     int32_t slab = 0;
     int rank = 0;  // among what is demanded: the lower ones first
@@ -90,6 +90,8 @@ class ReadLanes {
 
     mutable std::mutex mutex_;
     std::condition_variable work_ready_, work_done_;
+    const size_t n_edges_;
+    std::byte* const edges_;  // two pages for each lane
     std::vector<std::thread> threads_;
     std::vector<Slab> slabs_{1};
     std::deque<ReadJob> demanded_, speculative_;

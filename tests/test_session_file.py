@@ -163,7 +163,7 @@ def test_saving_and_loading_in_conversation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("experts", ["auto", "task"])
 def test_the_task_comes_back(tmp_path: Path, experts: str) -> None:
     path, tasks = tmp_path / "talk.json", stored_patterns(TINY_MOE, tmp_path / "tasks")
-    options = ("--experts", experts, "--store", tasks, "--ram", "185MiB", "--session", path)
+    options = ("--experts", experts, "--store", tasks, "--ram", "195MiB", "--session", path)
     chat(*options, lines=["/task law", QUESTIONS[0]])
     saved = read_session(path, fingerprint(read_index(TINY_MOE)))
     assert (saved.task, saved.pinned) == ("law", True)

@@ -1,12 +1,12 @@
-// A disk in a test's hands: reads wait, or fail, where it says so. It stands in for pread in the whole program, so that
-// what depends on the order in which reads are made can be tested without depending on time.
+// A disk in a test's hands: reads wait, or fail, where it says so. It stands in for preadv in the whole program, so
+// that what depends on the order in which reads are made can be tested without depending on time.
 #pragma once
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -47,9 +47,6 @@ class HeldDisk {
         fails_ = std::move(fails);
     }
     void recover() { fail(nullptr); }
-    // Direct reads of neighbours may both bring the page that they share, with the same bytes: no race to complain of.
-    void bring_pages_twice(bool twice) { twice_ = twice; }
-    bool brings_pages_twice() const { return twice_; }
     // Until so many reads have begun since the last `forget`.
     void await(size_t n) {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -97,7 +94,6 @@ class HeldDisk {
     std::set<uint64_t> held_;
     std::vector<Read> begun_;
     std::function<bool(const Read&)> fails_;
-    std::atomic<bool> twice_{false};
 };
 
 inline HeldDisk& held_disk() {
@@ -112,7 +108,6 @@ class WithHeldDisk {
     ~WithHeldDisk() {
         disk.let_go();
         disk.recover();
-        disk.bring_pages_twice(false);
     }
     WithHeldDisk(const WithHeldDisk&) = delete;
     WithHeldDisk& operator=(const WithHeldDisk&) = delete;
@@ -120,26 +115,12 @@ class WithHeldDisk {
     HeldDisk& disk;
 };
 
-#if defined(__SANITIZE_THREAD__)
-extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
-extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
-#else
-inline void AnnotateIgnoreWritesBegin(const char*, int) {}
-inline void AnnotateIgnoreWritesEnd(const char*, int) {}
-#endif
-
-extern "C" ssize_t pread(int fd, void* to, size_t n, off_t offset) {
-    HeldDisk& disk = held_disk();
-    if (!disk.pass(fd, static_cast<uint64_t>(offset))) {
+extern "C" ssize_t preadv(int fd, const struct iovec* to, int n, off_t offset) {
+    using Preadv = ssize_t (*)(int, const struct iovec*, int, off_t);
+    static const auto of_the_system = reinterpret_cast<Preadv>(::dlsym(RTLD_NEXT, "preadv"));
+    if (!held_disk().pass(fd, static_cast<uint64_t>(offset))) {
         errno = EIO;
         return -1;
     }
-    const struct iovec whole{to, n};
-    if (!disk.brings_pages_twice()) {
-        return ::preadv(fd, &whole, 1, offset);
-    }
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-    const ssize_t got = ::preadv(fd, &whole, 1, offset);
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    return got;
+    return of_the_system(fd, to, n, offset);
 }

@@ -248,19 +248,43 @@ TEST(directory_and_pipe_are_refused) {
     CHECK_EQUAL(WEXITSTATUS(status), 42);
 }
 
-TEST(direct_reads_with_a_partial_last_page) {
-    ScratchFile file(random_bytes(3 * page_size() + 123, 8));
+TEST(direct_reads_write_what_was_asked_for_and_nothing_else) {
+    const uint64_t page = page_size();
+    ScratchFile file(random_bytes(5 * page + 123, 8));
+    MappedFile mapped(file.path());
+    open_direct_or_skip(mapped);
+    const Reserved to(6);
+    const Reserved edges(2);
+    const uint64_t size = file.bytes().size();
+    for (const uint64_t begin : {uint64_t{0}, uint64_t{1}, page - 1, page, page + 100, 5 * page, 5 * page + 122}) {
+        for (const uint64_t end : {uint64_t{1}, page - 1, page, page + 1, page + 101, 3 * page, 4 * page + 7, size}) {
+            if (end <= begin) {
+                continue;
+            }
+            std::memset(to.base, 0, to.size);
+            const uint64_t n = end - begin;
+            const size_t given = mapped.read_direct(begin, to.base + begin, n, edges.base);
+            CHECK_EQUAL(given, edgemoe::page_ceil(end) - edgemoe::page_floor(begin));
+            CHECK(same(to.base + begin, file, begin, n));
+            CHECK(all_zero(to.base, begin));
+            CHECK(all_zero(to.base + end, to.size - end));
+        }
+    }
+}
+
+TEST(direct_reads_that_cannot_be_had) {
+    const uint64_t page = page_size();
+    ScratchFile file(random_bytes(3 * page + 123, 8));
     MappedFile mapped(file.path());
     open_direct_or_skip(mapped);
     const Reserved to(4);
-    mapped.read_direct(0, to.base, 4 * page_size(), file.bytes().size());
-    CHECK(same(to.base, file, 0, file.bytes().size()));
-    CHECK(all_zero(to.base + file.bytes().size(), to.size - file.bytes().size()));
-    mapped.read_direct(3 * page_size(), to.base, page_size(), 123);
-    CHECK(same(to.base, file, 3 * page_size(), 123));
-    CHECK_REFUSED(mapped.read_direct(3 * page_size(), to.base, page_size(), 124), file.path());
-    file.truncate(page_size());
-    CHECK_REFUSED(mapped.read_direct(0, to.base, 2 * page_size(), page_size() + 1), "the file has become shorter");
+    const Reserved edges(2);
+    CHECK_REFUSED(mapped.read_direct(3 * page, to.base, 124, edges.base), file.path());
+    file.truncate(2 * page + 5);
+    CHECK_REFUSED(mapped.read_direct(page, to.base, page + 6, edges.base), "the file has become shorter");
+    std::memset(to.base, 0, to.size);
+    CHECK_REFUSED(mapped.read_direct(2 * page + 3, to.base + 3, 7, edges.base), "the file has become shorter");
+    CHECK(all_zero(to.base, to.size));  // half of a page is no help
 }
 
 TEST(direct_descriptor_of_another_file_is_refused) {

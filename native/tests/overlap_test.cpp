@@ -135,7 +135,6 @@ StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told) 
 
 void change_nothing_but_time(Io io) {
     const WithHeldDisk nothing_held;
-    nothing_held.disk.bring_pages_twice(io == Io::direct);
     for (const uint64_t arena_bytes : {room_for(4), room_for(10), kPlenty}) {
         const Tuning plain{false, false, false, false};
         const StoreStats control = follow_routes(io, arena_bytes, plain, Told::truth);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <memory>
 
 #include "check.h"
@@ -28,20 +29,17 @@ struct Target {
     std::byte* const base;
 };
 
-// Jobs that cover the whole file in pieces of random, for pread also odd, sizes.
+// Jobs that cover the whole file in pieces of random sizes, odd ones unless it is mapped.
 std::vector<ReadJob> cover(const MappedFile& file, std::byte* to, Io io, uint32_t seed) {
     std::mt19937 random(seed);
     std::vector<ReadJob> jobs;
     for (uint64_t at = 0; at < file.size();) {
         const uint64_t left = file.size() - at;
-        uint64_t n = std::min<uint64_t>(left, random() % 5000 + 1);
-        uint64_t needed = n;
-        if (io != Io::pread) {
-            n = (random() % 3 + 1) * page_size();
-            n = std::min(n, edgemoe::page_ceil(left));
-            needed = std::min(n, left);
+        uint64_t n = std::min<uint64_t>(left, random() % 15000 + 1);
+        if (io == Io::mmap) {
+            n = std::min((random() % 3 + 1) * page_size(), edgemoe::page_ceil(left));
         }
-        jobs.push_back({&file, at, to + at, n, needed, io});
+        jobs.push_back({&file, at, to + at, n, io});
         at += n;
     }
     return jobs;
@@ -116,7 +114,7 @@ TEST(no_jobs_and_one_job) {
     lanes.run({});
     for (int round = 0; round < 200; ++round) {
         std::fill(to.begin(), to.end(), std::byte{0});
-        lanes.run({{&file, 0, to.data(), 10, 10, Io::pread}});
+        lanes.run({{&file, 0, to.data(), 10, Io::pread}});
         CHECK(to == scratch.bytes());
     }
 }
@@ -125,9 +123,9 @@ TEST(failure_stops_the_remaining_jobs) {
     const ScratchFile scratch(random_bytes(10, 4));
     const MappedFile file(scratch.path());
     Bytes to(1000, std::byte{0});
-    std::vector<ReadJob> jobs{{&file, 5, to.data(), 6, 6, Io::pread}};
+    std::vector<ReadJob> jobs{{&file, 5, to.data(), 6, Io::pread}};
     for (size_t i = 1; i < 1000; ++i) {
-        jobs.push_back({&file, i % 10, to.data() + i, 1, 1, Io::pread});
+        jobs.push_back({&file, i % 10, to.data() + i, 1, Io::pread});
     }
     ReadLanes lanes(1);
     CHECK_REFUSED(lanes.run(jobs), "gave 5 bytes of 6");
@@ -155,7 +153,9 @@ TEST(system_without_threads_to_spare_reads_with_fewer) {
     Bytes to(5000);
     struct rlimit before{};
     CHECK_EQUAL(::getrlimit(RLIMIT_AS, &before), 0);
-    const struct rlimit tight{1 << 26, before.rlim_max};  // room for a few stacks
+    uint64_t n_pages = 0;
+    std::ifstream("/proc/self/statm") >> n_pages;
+    const struct rlimit tight{n_pages * page_size() + (1 << 26), before.rlim_max};  // room for a few stacks
     CHECK_EQUAL(::setrlimit(RLIMIT_AS, &tight), 0);
     std::unique_ptr<ReadLanes> lanes;
     try {

@@ -47,7 +47,7 @@ class Reading {
     void submit(int32_t slab, Urgency urgency, int32_t n_jobs = 1, int rank = 0) {
         std::vector<ReadJob> jobs;
         for (int32_t job = 0; job < n_jobs; ++job) {
-            jobs.push_back({&file_, at(slab, job), memory_ + at(slab, job), page, page, io_, slab, rank});
+            jobs.push_back({&file_, at(slab, job), memory_ + at(slab, job), page, io_, slab, rank});
         }
         lanes->submit(jobs, urgency);
     }

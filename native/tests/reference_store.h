@@ -75,7 +75,7 @@ class ReferenceStore {
                     }
                     return false;
                 }
-                to_read += io_ == edgemoe::Io::pread ? model_.slab_bytes(layer, part) : growth(slab);
+                to_read += bytes_given(slab);
                 add(slab);
                 added.push_back(slab);
             }
@@ -102,6 +102,17 @@ class ReferenceStore {
             n_new += pages.count(page) == 0 ? 1 : 0;
         }
         return n_new * edgemoe::page_size();
+    }
+    uint64_t bytes_given(const Slab& slab) const {
+        switch (io_) {
+            case edgemoe::Io::direct:
+                return pages_of(slab).size() * edgemoe::page_size();
+            case edgemoe::Io::mmap:
+                return growth(slab);
+            case edgemoe::Io::pread:
+                break;
+        }
+        return model_.slab_bytes(std::get<0>(slab), std::get<1>(slab));
     }
     void add(const Slab& slab) {
         resident.insert(slab);

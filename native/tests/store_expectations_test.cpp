@@ -201,7 +201,6 @@ class Interleaving {
 
 void interleave(Io io) {
     const WithHeldDisk nothing_held;
-    nothing_held.disk.bring_pages_twice(io == Io::direct);
     uint32_t seed = 1;
     for (const uint64_t arena_pages : {30U, 60U, 100U}) {
         for (const int n_lanes : {2, 4}) {

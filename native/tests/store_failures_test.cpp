@@ -1,8 +1,11 @@
 // What the store does when files, disks or callers misbehave: a SystemError, and a store that is as good as before.
 #include <sys/mman.h>
 
+#include <thread>
+
 #include "check.h"
 #include "expert_store.h"
+#include "held_disk.h"
 #include "resident_pages.h"
 #include "tiny_model.h"
 
@@ -174,6 +177,55 @@ TEST(failure_leaves_neighbours_on_shared_pages) {
         model.files.front()->restore();
         CHECK(placed.holds(0, {10, 30}));
         expect_all_read(model, placed, 0, {9, 11, 29, 31});
+    }
+}
+
+// Slabs 3 and 4 share a page, and only one of them can be read.
+struct Neighbours {
+    explicit Neighbours(Io io) : placed(model, io, 3, 20 * page_size()) {}
+
+    static constexpr uint64_t kSlab = 5000;
+    const TinyModel model{{{8, {kSlab}}, {8, {kSlab}}}, {}, 1, 9};
+    const uint64_t begin = model.tensors[model.id_of(1, 0)].offset + 3 * kSlab, end = begin + kSlab;
+    WithHeldDisk with;
+    PlacedStore placed;
+};
+
+TEST(slab_is_whole_though_its_neighbour_was_given_up) {
+    for (const Io io : {Io::pread, Io::direct}) {
+        Neighbours two(io);
+        two.with.disk.fail(
+            [at = two.begin / page_size()](const HeldDisk::Read& read) { return read.offset / page_size() == at; });
+        two.placed->request(1, 1, {3, 4});
+        while (two.placed->arriving_parts() != 0) {  // and nobody waits for them: a graph was ended early
+            std::this_thread::yield();
+        }
+        two.with.disk.recover();
+        two.placed->acquire(0, 1, {0});
+        two.placed->acquire(1, 1, {4});
+        CHECK(two.placed.holds(1, {4}));
+        two.placed->acquire(1, 1, {3});
+        CHECK(two.placed.holds(1, {3, 4}));
+    }
+}
+
+TEST(guess_that_fails_does_not_touch_its_neighbour) {
+    for (const Io io : {Io::pread, Io::direct}) {
+        Neighbours two(io);
+        two.placed->acquire(0, 1, {0});
+        two.with.disk.hold({io == Io::direct ? edgemoe::page_floor(two.begin) : two.begin});
+        const size_t before = two.with.disk.offsets().size();
+        two.placed->expect(1, {3});
+        two.with.disk.await(before + 1);
+        two.placed->acquire(1, 1, {4});
+        two.model.files.front()->truncate((edgemoe::page_floor(two.end) + two.end) / 2);  // in the page that they share
+        two.with.disk.let_go();
+        CHECK_REFUSED(two.placed->acquire(1, 1, {4}), "was changed");
+        CHECK(two.placed->resident(1, 4) && !two.placed->resident(1, 3));
+        CHECK(two.placed.holds(1, {4}));
+        two.model.files.front()->restore();
+        two.placed->acquire(1, 1, {3});
+        CHECK(two.placed.holds(1, {3, 4}));
     }
 }
 
