@@ -236,6 +236,12 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
     spares_.give(own.begin(), own.bytes());
 }
 
+bool ExpertStore::settled(int layer) const {
+    return all_fit_ && resident_slabs_[layer] == in(layer).n_expert * n_parts(layer) &&
+           std::none_of(unverified_.begin(), unverified_.end(),
+                        [&](int32_t slab) { return entries_[slab / kMaxParts].layer == layer; });
+}
+
 void ExpertStore::check_mapping() const {
     if (io_ != Io::mmap) {
         return;

@@ -412,6 +412,21 @@ TEST(request_after_one_that_was_never_waited_for) {
     }
 }
 
+TEST(a_layer_is_settled_once_all_of_it_has_arrived) {
+    Layers layers(1000);
+    layers.placed->acquire(1, 1, {0, 1, 2, 3, 4, 5, 6});
+    layers.disk.hold({layers.at(1, 7)});
+    layers.placed->request(1, 1, {7});  // and nobody waits for it: a graph was ended early
+    CHECK(layers.placed->resident(1, 7) && !layers.placed->settled(1));
+    layers.disk.fail([at = layers.at(1, 7)](const HeldDisk::Read& read) { return read.offset == at; });
+    layers.disk.let_go();
+    CHECK_REFUSED(layers.placed->acquire(1, 1, {7}), layers.model.files.front()->path());
+    CHECK(!layers.placed->settled(1));
+    layers.disk.recover();
+    layers.placed->acquire(1, 1, {7});
+    CHECK(layers.placed->settled(1));
+}
+
 TEST(nothing_is_expected_where_everything_fits_or_nobody_could_read) {
     for (const int n_lanes : {1, 2}) {
         Layers layers(n_lanes == 1 ? 12 : 1000, n_lanes);
