@@ -6,6 +6,7 @@ Run by `edgemoe.bench_arm` as ``python -m edgemoe.bench_child edgemoe|llama.cpp|
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import zlib
@@ -112,6 +113,7 @@ class Evaluator:
     def state(self) -> dict[str, Any]:
         """Counters since the process began: seconds, bytes, slabs."""
         state: dict[str, Any] = {"rss": current_rss(), "peak_rss": peak_rss(), "disk_bytes": _disk_bytes()}
+        state |= {"system_s": os.times().system, "stolen_s": _stolen_s()}
         if self._store is not None:
             stats = self._store.stats()
             state |= {
@@ -193,6 +195,15 @@ def _disk_bytes() -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def _stolen_s() -> float | None:
+    """Processor seconds that a virtual machine wanted and did not get; None where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else None
 
 
 def _forcer() -> RouteForcer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -52,6 +53,8 @@ class Figures:
         The largest of all rounds, bytes.
     wait_share, busy_share : float
         Part of the decoding time that computation waited for experts, and that the disk was at work.
+    system_share, stolen_share : float
+        Part of all processors' time that the kernel took for the process, and that a virtual machine did not get.
     of_lru, of_belady : float
         Share reached of the roofline at LRU's and at Belady's misses.
     of_prompt : float
@@ -86,6 +89,8 @@ class Figures:
     peak_rss: int | None
     wait_share: float | None
     busy_share: float | None
+    system_share: float | None
+    stolen_share: float | None
     of_lru: float | None
     of_belady: float | None
     of_prompt: float | None
@@ -162,6 +167,8 @@ def _of_arm(
         peak_rss=max((run.peak_rss for run in runs if run.peak_rss is not None), default=None),
         wait_share=wait,
         busy_share=_median(done, lambda run: None if run.busy_s is None else run.busy_s / sum(run.token_s)),
+        system_share=_median(done, lambda run: _of_processors(run, run.system_s)),
+        stolen_share=_median(done, lambda run: _of_processors(run, run.stolen_s)),
         of_lru=roofline.lru_s / mean if roofline and mean else None,
         of_belady=roofline.belady_s / mean if roofline and mean else None,
         of_prompt=roofline.prompt_s / prompt_s if roofline and prompt_s else None,
@@ -181,6 +188,10 @@ def _speed(runs: Sequence[Run]) -> float | None:
 def _median(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float | None:
     values = [value for run in runs if (value := of(run)) is not None]
     return median(values) if values else None
+
+
+def _of_processors(run: Run, seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / sum(run.token_s) / (os.cpu_count() or 1)
 
 
 def _eaten_by(mean: float | None, wait_share: float | None, roofline: Roofline | None) -> str | None:

@@ -46,6 +46,8 @@ _FIGURES = (
     "peak_rss",
     "wait_share",
     "busy_share",
+    "system_share",
+    "stolen_share",
     "of_lru",
     "of_belady",
     "of_prompt",
@@ -178,6 +180,8 @@ def _costs(arms: Sequence[Figures]) -> Table:
         "VmHWM",
         "waiting",
         "disk busy",
+        "kernel",
+        "stolen",
         "of LRU's",
         "of Belady's",
         "prompt",
@@ -193,6 +197,8 @@ def _costs(arms: Sequence[Figures]) -> Table:
             _bytes(arm.peak_rss),
             _share(arm.wait_share),
             _share(arm.busy_share),
+            _share(arm.system_share),
+            _share(arm.stolen_share),
             _number(arm.of_lru),
             _number(arm.of_belady),
             _number(arm.of_prompt),
@@ -344,8 +350,12 @@ def _draw_tokens(result: BenchResult) -> Figure:
 def _logarithmic(axes: Axes) -> None:
     from matplotlib.ticker import LogFormatter
 
+    class PlainNumbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # which of them have room is its decision
+
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, where there are few
+    axes.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from edgemoe.routes import Ids, Routes
 from edgemoe.task_mode import WARM_SHARE
 
 __all__ = ["Cell", "Run", "Workload", "resident_run", "run_arm"]
+
+_N = TypeVar("_N", int, float)
 
 PATIENCE = 1800.0
 """Seconds after which an answer is not waited for."""
@@ -108,6 +110,8 @@ class Run:
         The same for the prompt.
     wait_s, busy_s : float or None
         While decoding: computation waited for experts; the disk had something to do for them.
+    system_s, stolen_s : float or None
+        While decoding, of all processors: the kernel's for this process; what a virtual machine was kept waiting for.
     peak, peak_rss : int or None
         Most memory of the cgroup, and of the process itself (VmHWM).
     times_full : int or None
@@ -129,6 +133,8 @@ class Run:
     prompt_bytes_read: int | None = None
     wait_s: float | None = None
     busy_s: float | None = None
+    system_s: float | None = None
+    stolen_s: float | None = None
     peak: int | None = None
     peak_rss: int | None = None
     times_full: int | None = None
@@ -247,6 +253,7 @@ def _measure(run: Run, child: Arm, cell: Cell, workload: Workload, scratch: Path
     run.token_s, run.checksums = after["seconds"], after["checksums"]
     run.bytes_read = _less(after["disk_bytes"], prompt["disk_bytes"])
     run.peak_rss = after["peak_rss"]
+    run.system_s, run.stolen_s = (_less(after[what], prompt[what]) for what in ("system_s", "stolen_s"))
     if child.name == EDGEMOE:
         run.hits, run.misses = (after[what] - prompt[what] for what in ("hits", "misses"))
         run.wait_s = after["read_s"] - prompt["read_s"]
@@ -276,5 +283,5 @@ def _written(routes: Routes, predicted: Ids | None, index: ExpertIndex, scratch:
     return path
 
 
-def _less(after: int | None, before: int | None) -> int | None:
+def _less(after: _N | None, before: _N | None) -> _N | None:
     return None if after is None or before is None else after - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def made_up_run(arm: str, seconds: float = 0.1, n_tokens: int = 100, checksum: i
         prompt_bytes_read=5000,
         wait_s=seconds * n_tokens / 2 if edgemoe else None,
         busy_s=seconds * n_tokens / 4 if edgemoe else None,
+        system_s=seconds * n_tokens / 5 * (os.cpu_count() or 1),
+        stolen_s=None,
         peak=10,
         peak_rss=9,
         times_full=0,

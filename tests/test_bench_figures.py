@@ -37,7 +37,8 @@ def test_arms_against_each_other() -> None:
 def test_costs() -> None:
     found = figures(made_up_run("auto", 0.1))["auto"]
     assert (found.hit_rate, found.bytes_per_token, found.prompt_bytes) == (0.75, 1000, 5000)
-    assert (found.wait_share, found.busy_share) == pytest.approx((0.5, 0.25))
+    assert (found.wait_share, found.busy_share, found.system_share) == pytest.approx((0.5, 0.25, 0.2))
+    assert found.stolen_share is None
     assert (found.of_lru, found.of_belady) == pytest.approx((0.8, 0.5))
     # What was read for the prompt's sake before it counts too.
     assert found.of_prompt == pytest.approx(2 / 4.5) and found.first_token_s == 6.5

@@ -63,8 +63,8 @@ def test_tables() -> None:
         assert fact in text
     assert "mmap 0.5 0.5 to 0.5 0.5 to 0.5 - 8 6 s 2 s - 0.1" in lines
     assert "all 10 10 to 10 10 to 10 10 8 6 s 2 s 20 2" in lines
-    assert "all 1000 B 75.0% 10 B 9 B 50.0% 25.0% 0.8 0.5 0.5 waiting DIFFER" in lines
-    assert "plain 1000 B 75.0% 10 B 9 B 50.0% 25.0% 0.4 0.25 0.5 waiting DIFFER" not in lines
+    assert "all 1000 B 75.0% 10 B 9 B 50.0% 25.0% 20.0% - 0.8 0.5 0.5 waiting DIFFER" in lines
+    assert "plain 1000 B 75.0% 10 B 9 B 50.0% 25.0% 20.0% - 0.4 0.25 0.5 waiting DIFFER" not in lines
     assert any(
         line.startswith("roofline: 20.00 tok/s at Belady's misses (70.0% hits), 12.50 at LRU's") for line in lines
     )

@@ -64,6 +64,10 @@ def test_the_commands_of_the_guide_to_chat_run(folder: Path) -> None:
     assert (len(talk["turns"]), talk["turns"][2]) == (4, "And one that multiplies them?")
 
 
+def test_the_commands_of_the_guide_to_skipping_run(folder: Path) -> None:
+    assert run_commands("skip-mass.md", folder) == 2
+
+
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
