@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -26,16 +27,16 @@ struct control {
     _Atomic int64_t reads, bytes, failures;  // what happened so far
 };
 
-typedef ssize_t (*pread_function)(int, void*, size_t, off64_t);
+typedef ssize_t (*preadv_function)(int, const struct iovec*, int, off64_t);
 
 static struct control* control;
 static const char* file_name;
-static pread_function next_pread;
+static preadv_function next_preadv;
 static pthread_mutex_t queue = PTHREAD_MUTEX_INITIALIZER;
 static int64_t disk_free_at_ns;
 
 __attribute__((constructor)) static void start(void) {
-    next_pread = (pread_function)dlsym(RTLD_NEXT, "pread64");
+    next_preadv = (preadv_function)dlsym(RTLD_NEXT, "preadv64");
     file_name = getenv("BAD_DISK_FILE");
     const char* path = getenv("BAD_DISK_CONTROL");
     const int fd = path != NULL && file_name != NULL ? open(path, O_RDWR | O_CLOEXEC) : -1;
@@ -89,9 +90,9 @@ static void take_time(int64_t n, int64_t bytes_per_s) {
     }
 }
 
-ssize_t pread64(int fd, void* to, size_t n, off64_t offset) {
+ssize_t preadv64(int fd, const struct iovec* to, int n, off64_t offset) {
     if (!is_the_file(fd)) {
-        return next_pread(fd, to, n, offset);
+        return next_preadv(fd, to, n, offset);
     }
     const int64_t number = ++control->reads;
     const int bad = control->bytes >= control->after_bytes;
@@ -100,7 +101,7 @@ ssize_t pread64(int fd, void* to, size_t n, off64_t offset) {
         errno = EIO;
         return -1;
     }
-    const ssize_t got = next_pread(fd, to, n, offset);
+    const ssize_t got = next_preadv(fd, to, n, offset);
     if (got > 0) {
         control->bytes += got;
         const int64_t bytes_per_s = control->bytes_per_s;
@@ -111,4 +112,4 @@ ssize_t pread64(int fd, void* to, size_t n, off64_t offset) {
     return got;
 }
 
-ssize_t pread(int fd, void* to, size_t n, off_t offset) { return pread64(fd, to, n, offset); }
+ssize_t preadv(int fd, const struct iovec* to, int n, off_t offset) { return preadv64(fd, to, n, offset); }
