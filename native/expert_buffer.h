@@ -41,7 +41,10 @@ class ExpertBuffer {
    private:
     struct Region {
         Region(ExpertBuffer* owner, uint64_t size) : owner(owner), size(size), base(reserve_memory(size)) {}
-        ~Region() { release_memory(base, size); }
+        ~Region() {
+            owner->store_.stop_reading();  // a guess may still be on its way here
+            release_memory(base, size);
+        }
         Region(const Region&) = delete;
         Region& operator=(const Region&) = delete;
 

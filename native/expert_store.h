@@ -107,6 +107,7 @@ class ExpertStore {
     }
     uint32_t arriving_parts() const;  // those of the last request that `wait` might have to wait for
     void release();
+    void stop_reading() { lanes_.drain(); }  // nothing is written to any place when it returns
     // Likely to be asked for next, likeliest first. Only as many as have room beside what is in use; those that are
     // there stay until their layer is asked for. A guess that was wrong is no use: it leaves as if it had never come.
     void expect(int layer, const std::vector<int32_t>& experts);
