@@ -1,7 +1,12 @@
 #include "expert_buffer.h"
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+
 #include "check.h"
 #include "fake_ggml.h"
+#include "held_disk.h"
 #include "resident_pages.h"
 #include "tiny_model.h"
 
@@ -198,4 +203,25 @@ TEST(ranges_that_cannot_be_watched_leave_nothing_behind) {
         buffer->iface.free_buffer(buffer);
         delete buffer;
     }
+}
+
+TEST(memory_is_there_until_nothing_is_read_into_it) {
+    const WithHeldDisk with;
+    const TinyModel model = small_model();
+    Described described(model, Io::pread);
+    auto loaded = std::make_unique<LoadedModel>(model, *described.buffer);
+    with.disk.forget();
+    with.disk.hold({model.tensors[model.id_of(0, 0)].offset});
+    described.store->request(0, 1, {0});
+    with.disk.await(1);
+    std::atomic<bool> let_go{false};
+    std::thread other([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        let_go = true;
+        with.disk.let_go();
+    });
+    loaded.reset();
+    const bool waited = let_go;
+    other.join();
+    CHECK(waited);
 }
