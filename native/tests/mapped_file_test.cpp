@@ -248,13 +248,18 @@ TEST(directory_and_pipe_are_refused) {
     CHECK_EQUAL(WEXITSTATUS(status), 42);
 }
 
+struct DirectFile {
+    explicit DirectFile(size_t n) : file(random_bytes(n, 8)), mapped(file.path()) { open_direct_or_skip(mapped); }
+
+    ScratchFile file;
+    MappedFile mapped;
+    const Reserved to{6}, edges{2};
+};
+
 TEST(direct_reads_write_what_was_asked_for_and_nothing_else) {
     const uint64_t page = page_size();
-    ScratchFile file(random_bytes(5 * page + 123, 8));
-    MappedFile mapped(file.path());
-    open_direct_or_skip(mapped);
-    const Reserved to(6);
-    const Reserved edges(2);
+    DirectFile direct(5 * page + 123);
+    auto& [file, mapped, to, edges] = direct;
     const uint64_t size = file.bytes().size();
     for (const uint64_t begin : {uint64_t{0}, uint64_t{1}, page - 1, page, page + 100, 5 * page, 5 * page + 122}) {
         for (const uint64_t end : {uint64_t{1}, page - 1, page, page + 1, page + 101, 3 * page, 4 * page + 7, size}) {
@@ -274,11 +279,8 @@ TEST(direct_reads_write_what_was_asked_for_and_nothing_else) {
 
 TEST(direct_reads_that_cannot_be_had) {
     const uint64_t page = page_size();
-    ScratchFile file(random_bytes(3 * page + 123, 8));
-    MappedFile mapped(file.path());
-    open_direct_or_skip(mapped);
-    const Reserved to(4);
-    const Reserved edges(2);
+    DirectFile direct(3 * page + 123);
+    auto& [file, mapped, to, edges] = direct;
     CHECK_REFUSED(mapped.read_direct(3 * page, to.base, 124, edges.base), file.path());
     file.truncate(2 * page + 5);
     CHECK_REFUSED(mapped.read_direct(page, to.base, page + 6, edges.base), "the file has become shorter");
