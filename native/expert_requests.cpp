@@ -219,7 +219,7 @@ void ExpertStore::drop_failed() {
 }
 
 void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
-    if (all_fit_ || lanes_.size() == 1) {
+    if (lanes_.size() == 1) {
         return;
     }
     check_request(layer, (1U << n_parts(layer)) - 1, experts);

@@ -91,6 +91,7 @@ class ExpertStore {
     void check_experts(int layer, const std::vector<int32_t>& experts) const;  // throws SystemError if it lacks one
     int last_layer() const { return static_cast<int>(slabs_.layers().size()) - 1; }  // of those with experts
     int part_of(int id) const { return tensor_of(id).part; }
+    bool all_fit() const { return all_fit_; }  // no expert will ever have to leave
     // Every expert of the layer has arrived and none will ever have to leave: the layer needs no `acquire` any more.
     bool settled(int layer) const;
     bool resident(int layer, int32_t expert) const {

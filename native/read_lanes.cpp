@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <system_error>
+#include <utility>
 
 namespace edgemoe {
 
@@ -70,6 +71,8 @@ void ReadLanes::work(int lane) {
     }
 }
 
+bool ReadLanes::may_speculate() const { return !speculative_.empty() && n_speculating_ < std::max(1, size() / 2); }
+
 // Half of the lanes at most read what nobody waits for: a demand finds the disk's queue short. The caller, who is a
 // lane while it waits, reads nothing else than what is waited for.
 bool ReadLanes::take(ReadJob& job, int lane) {
@@ -78,7 +81,7 @@ bool ReadLanes::take(ReadJob& job, int lane) {
     auto found = std::find_if(queue->begin(), queue->end(), mine);
     const bool urgent = found != queue->end();
     if (!urgent) {
-        if (lane == kCaller || speculative_.empty() || n_speculating_ >= std::max(1, size() / 2)) {
+        if (lane == kCaller || !may_speculate()) {
             return false;
         }
         queue = &speculative_;
@@ -94,8 +97,14 @@ bool ReadLanes::take(ReadJob& job, int lane) {
     return true;
 }
 
+// Each lane that finds work wakes the next one, if there is more: woken all at once, most would find nothing, and push
+// those that compute off their processors for it.
 void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock) {
+    const bool more = any_to_take();
     lock.unlock();
+    if (more) {
+        work_ready_.notify_one();
+    }
     std::string failure;
     size_t n_given = 0;
     try {
@@ -107,12 +116,7 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
     if (--n_busy_ == 0) {
         busy_ns_ += now_ns() - busy_since_ns_;
     }
-    if (job.speculative) {
-        --n_speculating_;
-        if (!speculative_.empty()) {
-            work_ready_.notify_one();
-        }
-    }
+    n_speculating_ -= job.speculative ? 1 : 0;
     if (failure.empty()) {
         bytes_read_ += n_given;
         finish(job.slab);
@@ -133,7 +137,8 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
 }
 
 void ReadLanes::finish(int32_t slab) {
-    if (slabs_[slab].n_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    if (slabs_[slab].n_left.fetch_sub(1, std::memory_order_acq_rel) == 1 &&
+        std::exchange(slabs_[slab].awaited, false) && --n_awaited_ == 0) {
         work_done_.notify_all();
     }
 }
@@ -155,7 +160,7 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
     if (jobs.empty()) {
         return;
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     for (const ReadJob& job : jobs) {
         Slab& slab = slabs_[job.slab];
         if (slab.n_left.load(std::memory_order_relaxed) == 0) {
@@ -171,7 +176,11 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
             speculative_.push_back(job);
         }
     }
-    work_ready_.notify_all();
+    const bool any = any_to_take();
+    lock.unlock();
+    if (any) {
+        work_ready_.notify_one();
+    }
 }
 
 void ReadLanes::demand(const ReadJob& job) {
@@ -181,14 +190,15 @@ void ReadLanes::demand(const ReadJob& job) {
 }
 
 void ReadLanes::hasten(int32_t slab) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     slabs_[slab].demanded = true;
     const auto others = std::stable_partition(speculative_.begin(), speculative_.end(),
                                               [&](const ReadJob& job) { return job.slab != slab; });
     if (others != speculative_.end()) {
         std::for_each(others, speculative_.end(), [this](const ReadJob& job) { demand(job); });
         speculative_.erase(others, speculative_.end());
-        work_ready_.notify_all();
+        lock.unlock();
+        work_ready_.notify_one();
     }
 }
 
@@ -203,14 +213,13 @@ bool ReadLanes::cancel(int32_t slab) {
     return true;
 }
 
-bool ReadLanes::any_arriving(const std::vector<int32_t>& slabs) const {
-    return std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return arriving(slab); });
-}
-
 void ReadLanes::wait(const std::vector<int32_t>& slabs) {
     std::unique_lock<std::mutex> lock(mutex_);
+    for (const int32_t slab : slabs) {
+        n_awaited_ += arriving(slab) && !std::exchange(slabs_[slab].awaited, true) ? 1 : 0;
+    }
     ReadJob job{};
-    while (any_arriving(slabs)) {
+    while (n_awaited_ > 0) {
         if (take(job, kCaller)) {
             work_on(job, kCaller, lock);
         } else {

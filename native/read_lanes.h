@@ -76,6 +76,7 @@ class ReadLanes {
         std::atomic<bool> failed{false};
         int32_t n_jobs = 0;     // submitted for what is arriving
         bool demanded = false;  // what is arriving is waited for
+        bool awaited = false;   // right now, by the caller
     };
 
     static constexpr int kCaller = 0;  // as a lane
@@ -86,7 +87,8 @@ class ReadLanes {
     void work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock);
     void finish(int32_t slab);
     void give_up(int32_t slab);
-    bool any_arriving(const std::vector<int32_t>& slabs) const;
+    bool may_speculate() const;
+    bool any_to_take() const { return !demanded_.empty() || may_speculate(); }
 
     mutable std::mutex mutex_;
     std::condition_variable work_ready_, work_done_;
@@ -95,7 +97,7 @@ class ReadLanes {
     std::vector<std::thread> threads_;
     std::vector<Slab> slabs_{1};
     std::deque<ReadJob> demanded_, speculative_;
-    int n_busy_ = 0, n_speculating_ = 0;
+    int n_busy_ = 0, n_speculating_ = 0, n_awaited_ = 0;
     bool stopping_ = false, draining_ = false;
     std::string failure_;  // the latest
     uint64_t busy_since_ns_ = 0, busy_ns_ = 0;

@@ -7,6 +7,8 @@ namespace edgemoe {
 
 namespace {
 
+constexpr int64_t kLong = 256;  // tokens
+
 // gpt-oss shows the biased logits as ffn_moe_probs: a sum of the logits, where others take softmax or sigmoid of them.
 bool is_biased_logits(const ggml::Tensor* node, Node is) {
     return is.kind == NodeKind::biased_logits ||
@@ -195,13 +197,32 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     }
     store_.request(layer, all_parts, ids_);
     if (store_.tuning().look_ahead) {
-        look_ahead(layer + 1, top_k);
+        if (store_.all_fit()) {
+            complete(layer, top_k->ne[1]);
+        } else {
+            look_ahead(layer + 1, top_k);
+        }
     }
     if (store_.tuning().overlap) {
         arriving_ = store_.arriving_parts();
     }
     store_.wait(all_parts & ~arriving_);
     return true;
+}
+
+// Where all experts fit and a long batch computes: the disk has time for the rest of the layer, and whatever token
+// follows finds it there. With fewer tokens, or one, such reads would cost more than they hide (LOG.md).
+void RouterHook::complete(int layer, int64_t n_tokens) {
+    if (n_tokens < kLong || mask_.limits(layer)) {
+        return;
+    }
+    std::vector<int32_t> rest;
+    for (int32_t expert = 0; expert < store_.n_expert(layer); ++expert) {
+        if (!store_.resident(layer, expert)) {
+            rest.push_back(expert);
+        }
+    }
+    store_.expect(layer, rest);
 }
 
 void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {

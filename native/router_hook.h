@@ -60,6 +60,7 @@ class RouterHook {
     bool wants(const ggml::Tensor* node, Node is) const;
     bool select(int layer, ggml::Tensor* top_k);
     bool serve(int layer, const ggml::Tensor* top_k);
+    void complete(int layer, int64_t n_tokens);
     void look_ahead(int layer, const ggml::Tensor* top_k);
     void read_ids(const ggml::Tensor* ids);
     void fail(const std::string& what);
