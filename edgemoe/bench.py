@@ -173,8 +173,7 @@ def run_bench(
     settings = replace(settings, n_expert_used=workload.routes.n_used if workload.forced and workload.routes else None)
     cells = [_cell(text, ram, index, settings) for text, ram in zip(budgets, wanted, strict=True)]
     with tempfile.TemporaryDirectory(prefix="edgemoe-bench-") as scratch:
-        resident: dict[int, Run] = {}
-        results = [_measure(cell, workload, arms, rounds, Path(scratch), resident, say) for cell in cells]
+        results = [_measure(cell, workload, arms, rounds, Path(scratch), say) for cell in cells]
     name, routes = NATURAL, workload.routes
     measured, departed = {}, None
     if routes is not None:
@@ -238,7 +237,6 @@ def _measure(
     arms: Sequence[str],
     rounds: int,
     scratch: Path,
-    resident: dict[int, Run],
     say: Callable[[str], Any],
 ) -> CellResult:
     in_cgroup = _can_limit(cell, say)
@@ -253,7 +251,7 @@ def _measure(
                 continue  # it takes minutes, and says no more in another round
             runs.append(run_arm(arm, cell, workload, opponent, scratch))
             say(_line(cell, number, runs[-1]))
-    compute, prompt_compute, source = _compute(cell, workload, runs, scratch, resident, say)
+    compute, prompt_compute, source = _compute(cell, workload, runs, scratch, say)
     bound = None
     if workload.routes is not None and compute is not None and bandwidths:
         sizes = [cell.index.expert_size(layer) for layer in cell.index.moe_layers]
@@ -292,24 +290,20 @@ def _compute(
     workload: Workload,
     runs: Sequence[Run],
     scratch: Path,
-    resident: dict[int, Run],
     say: Callable[[str], Any],
 ) -> tuple[float | None, float | None, str]:
     """Give the seconds of a token, and of the prompt, that computing alone takes, and where they are from.
 
-    `resident` keeps the runs with every expert in memory: one for each n_ubatch is enough.
+    Every cell has its own run with every expert in memory: within an hour a machine's own speed may change more than
+    what is measured.
     """
-    assert cell.settings.n_ubatch is not None
-    run = resident.get(cell.settings.n_ubatch)
-    if run is None and cell.everything < machine().available:
+    if cell.everything < machine().available:
         try:
             run = resident_run(cell, workload, scratch)
             say(_line(cell, 0, run))
+            return median(run.token_s), run.prompt_s, "resident"
         except ArmError as error:
             say(f"{cell.label:>6}  with everything in memory: {error}")
-    if run is not None:
-        resident[cell.settings.n_ubatch] = run
-        return median(run.token_s), run.prompt_s, "resident"
     means = [
         (sum(run.token_s) - run.wait_s) / len(run.token_s)
         for run in runs

@@ -232,26 +232,30 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
         }
     }
     order_->seek(serving_);
-    bool room = true;
-    for (auto expert = experts.begin(); expert != experts.end() && room; ++expert) {
-        const int32_t entry = its.first_entry + *expert;
-        jobs_.clear();
-        for (const int id : its.tensors) {
-            const Tensor& tensor = tensor_of(id);
-            if ((entries_[entry].resident >> tensor.part & 1) != 0 || !(room = room && make_room(tensor, *expert))) {
-                continue;
+    jobs_.clear();
+    try {
+        bool room = true;
+        for (auto expert = experts.begin(); expert != experts.end() && room; ++expert) {
+            const int32_t entry = its.first_entry + *expert;
+            for (const int id : its.tensors) {
+                const Tensor& tensor = tensor_of(id);
+                if ((entries_[entry].resident >> tensor.part & 1) != 0 ||
+                    !(room = room && make_room(tensor, *expert))) {
+                    continue;
+                }
+                if (entries_[entry].resident == 0) {
+                    order_->admit(entry);
+                    entries_[entry].unused = true;
+                }
+                add(entry, tensor.part);
+                expected_bytes_ += tensor.slab_bytes;
             }
-            if (entries_[entry].resident == 0) {
-                order_->admit(entry);
-                entries_[entry].unused = true;
-            }
-            add(entry, tensor.part);
-            expected_bytes_ += tensor.slab_bytes;
         }
         spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
-        // One by one: what is not submitted does not count as arriving, and the next one would rely on its pages.
-        lanes_.submit(jobs_, Urgency::speculative);
+    } catch (const SystemError& error) {
+        give_up(error.what());
     }
+    lanes_.submit(jobs_, Urgency::speculative);
     peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
 }
 

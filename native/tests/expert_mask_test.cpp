@@ -84,6 +84,17 @@ TEST(softmax) { limit_everywhere(Routing::softmax); }
 TEST(sigmoid_with_selection_bias) { limit_everywhere(Routing::sigmoid); }
 TEST(router_bias_named_probs) { limit_everywhere(Routing::chosen_softmax); }
 TEST(router_bias_named_as_such) { limit_everywhere(Routing::named_bias); }
+TEST(long_batch_reads_no_expert_that_is_not_kept) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::pread, kPlenty);
+    running.hook->keep(2, {1, 4, 6});
+    RoutedLayer layer(2, 300, Routing::softmax, 1), free(0, 300, Routing::softmax, 2);
+    CHECK_EQUAL(run(running, layer), "");
+    CHECK_EQUAL(run(running, free), "");
+    for (const int32_t expert : {0, 2, 3, 5, 7}) {
+        CHECK(!running.store->resident(2, expert) && running.store->resident(0, expert));
+    }
+}
 TEST(weights_before_the_experts) { limit_everywhere(Routing::inputs_weighted); }
 
 TEST(scores_of_others_are_minus_infinity) {

@@ -133,6 +133,23 @@ TEST(what_is_needed_first_is_read_first) {
                                              reading.at(3), reading.at(4)}));
 }
 
+TEST(one_request_sets_all_lanes_to_work) {
+    Reading reading(4);
+    const Offsets first{reading.at(0, 0), reading.at(0, 1), reading.at(0, 2)};
+    reading.disk.hold(first);
+    for (const Urgency urgency : {kDemanded, kSpeculative}) {
+        const size_t n_at_once = urgency == kDemanded ? 3 : 2;
+        reading.disk.forget();
+        reading.submit(0, urgency, kJobs);
+        reading.disk.await(n_at_once);  // none of them ends, so that all of these lanes are awake
+        reading.disk.let_go();
+        reading.watch(0);
+        CHECK(reading.holds(0, kJobs));
+        reading.clear();
+        reading.disk.hold(first);
+    }
+}
+
 TEST(half_of_the_lanes_are_left_to_demands) {
     Reading reading(4);  // the caller's own and three threads
     reading.disk.hold({reading.at(1), reading.at(2), reading.at(3), reading.at(4)});

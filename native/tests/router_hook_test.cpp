@@ -129,6 +129,35 @@ TEST(resident_model_is_not_stopped_but_counted) {
     CHECK_EQUAL(running.hook->take_failure(), "");
 }
 
+TEST(long_batch_has_whole_layers_read_where_everything_fits) {
+    const TinyModel model = moe_model(page_size());
+    const auto resident_after = [&](size_t n_tokens, uint64_t arena, edgemoe::Tuning tuning) {
+        Running running(model, Io::pread, arena, tuning);
+        Graph graph;
+        running.add_layer(graph, 2, std::vector<std::vector<int32_t>>(n_tokens, {1, 2}));
+        running.hook->begin();
+        CHECK(graph.run(*running.hook));
+        CHECK_EQUAL(running.hook->take_failure(), "");
+        int n_resident = 0;
+        for (int32_t expert = 0; expert < kExperts; ++expert) {
+            n_resident += running.store->resident(2, expert) ? 1 : 0;
+        }
+        if (n_resident == kExperts) {  // all of it is what the file says, and nothing has to be read for it
+            const uint64_t before = running.store->stats().misses;
+            CHECK(run_once(running, 2, {0, 1, 2, 3, 4, 5, 6, 7}));
+            CHECK_EQUAL(running.store->stats().misses, before);
+            CHECK(running.store->settled(2));
+        }
+        return n_resident;
+    };
+    CHECK_EQUAL(resident_after(256, kPlenty, {}), kExperts);
+    CHECK_EQUAL(resident_after(255, kPlenty, {}), 2);
+    CHECK_EQUAL(resident_after(256, slab_pages(12), {}), 2);
+    edgemoe::Tuning blind;
+    blind.look_ahead = false;
+    CHECK_EQUAL(resident_after(256, kPlenty, blind), 2);
+}
+
 TEST(wrong_expert_aborts_with_a_sentence) {
     const TinyModel model = moe_model(100);
     Running running(model, Io::pread, kPlenty);

@@ -427,14 +427,24 @@ TEST(a_layer_is_settled_once_all_of_it_has_arrived) {
     CHECK(layers.placed->settled(1));
 }
 
-TEST(nothing_is_expected_where_everything_fits_or_nobody_could_read) {
-    for (const int n_lanes : {1, 2}) {
-        Layers layers(n_lanes == 1 ? 12 : 1000, n_lanes);
-        layers.placed->acquire(0, 1, {0});
-        layers.placed->expect(1, {3});
-        CHECK(!layers.placed->resident(1, 3));
-        CHECK_EQUAL(layers.placed->stats().expected_bytes, 0U);
-    }
+TEST(nothing_is_expected_where_nobody_could_read) {
+    Layers layers(12, 1);
+    layers.placed->acquire(0, 1, {0});
+    layers.placed->expect(1, {3});
+    CHECK(!layers.placed->resident(1, 3));
+    CHECK_EQUAL(layers.placed->stats().expected_bytes, 0U);
+}
+
+TEST(a_layer_can_come_ahead_as_a_whole_where_everything_fits) {
+    Layers layers(1000);
+    layers.placed->acquire(1, 1, {2});
+    layers.disk.hold({layers.at(1, 7)});
+    layers.placed->expect(1, {0, 1, 3, 4, 5, 6, 7});
+    CHECK(layers.placed->resident(1, 7) && !layers.placed->settled(1));
+    layers.disk.let_go();
+    layers.placed->acquire(1, 1, {0, 1, 2, 3, 4, 5, 6, 7});
+    CHECK(layers.placed.holds(1, {0, 1, 2, 3, 4, 5, 6, 7}));
+    CHECK(layers.placed->settled(1));
 }
 
 TEST(impossible_guesses_are_refused) {
