@@ -102,7 +102,8 @@ class Tuning:
     overlap : bool
         A layer computes while its later parts are still arriving.
     look_ahead : bool
-        Experts that the next layer is likely to need are read while this one computes.
+        Experts are read before they are asked for, while a layer computes: those that the next layer is likely to need
+        or, where everything fits and the batch is long, the rest of this one's.
     forecast : bool
         Who is least likely to be used soon leaves, instead of the least recently used.
     """

@@ -55,7 +55,7 @@ struct StoreStats {
 struct Tuning {
     bool recycle = true;     // memory of slabs that leave is given to those that come (SparePages)
     bool overlap = true;     // a layer computes while its later parts are still arriving
-    bool look_ahead = true;  // the next layer's experts are read while this one computes
+    bool look_ahead = true;  // experts are read before they are asked for: the next layer's, or the rest of this one's
     bool forecast = true;    // who leaves is whoever is least likely to be used soon, not least recently used
     uint64_t least_recycled = uint64_t{128} << 10;  // bytes of a slab: fewer are sooner cleared than moved
 };

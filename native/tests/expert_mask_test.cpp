@@ -84,6 +84,8 @@ TEST(softmax) { limit_everywhere(Routing::softmax); }
 TEST(sigmoid_with_selection_bias) { limit_everywhere(Routing::sigmoid); }
 TEST(router_bias_named_probs) { limit_everywhere(Routing::chosen_softmax); }
 TEST(router_bias_named_as_such) { limit_everywhere(Routing::named_bias); }
+TEST(weights_before_the_experts) { limit_everywhere(Routing::inputs_weighted); }
+
 TEST(long_batch_reads_no_expert_that_is_not_kept) {
     const TinyModel model = moe_model(2 * page_size());
     Running running(model, Io::pread, kPlenty);
@@ -95,7 +97,6 @@ TEST(long_batch_reads_no_expert_that_is_not_kept) {
         CHECK(!running.store->resident(2, expert) && running.store->resident(0, expert));
     }
 }
-TEST(weights_before_the_experts) { limit_everywhere(Routing::inputs_weighted); }
 
 TEST(scores_of_others_are_minus_infinity) {
     ExpertMask mask;
