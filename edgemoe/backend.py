@@ -157,7 +157,7 @@ class Llama(PlainLlama):
         return_freed_memory()
         if machine().cgroup_limit is not None:
             forget_libraries()
-        self.store = ExpertStore(self.index, self.plan.arena_bytes, io, tuning)
+        self.store = ExpertStore(self.index, self.plan.arena_bytes, io, tuning, self.plan.rows_bytes)
         self.tap = RouterTap(self.store, self.index)
         self.residency = Residency(self.store, self.index)
         kwargs.setdefault("verbose", False)
@@ -165,7 +165,7 @@ class Llama(PlainLlama):
         kwargs.pop("use_mmap", None)
         try:
             interrupt = self.store.session.interrupt
-            with in_llama_cpp(kwargs["verbose"], interrupt) as errors, reporting(self.store, self.index, on_progress):
+            with in_llama_cpp(kwargs["verbose"], interrupt) as errors, reporting(self.store, on_progress):
                 try:
                     with built_around(self.store, self.tap, n_outputs_max(kwargs)):
                         super().__init__(

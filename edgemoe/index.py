@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -57,6 +58,11 @@ class Tensor:
     ggml_type: int
     type_name: str
     shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, ne[0] elements."""
+        return self.n_bytes // math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,15 @@ class ExpertIndex:
     def moe_layers(self) -> tuple[int, ...]:
         """Layers that have routed experts, ascending."""
         return tuple(sorted(self._expert_sizes))
+
+    @cached_property
+    def token_table(self) -> Tensor | None:
+        """The token embedding, where nothing but looking up a token's row is done with it; else None.
+
+        Without an output matrix of its own, a model multiplies by it for each token.
+        """
+        named = {tensor.name: tensor for tensor in self.tensors}
+        return named.get("token_embd.weight") if "output.weight" in named else None
 
     def expert_size(self, layer: int) -> int:
         """Bytes of one expert of a layer, all its parts together.

@@ -79,6 +79,7 @@ def symbols() -> dict[str, int]:
             "ggml_free",
             "ggml_new_tensor_3d",
             "ggml_mul_mat_id",
+            "ggml_get_rows",
             "ggml_set_name",
         )
     }

@@ -8,10 +8,10 @@ differs between more than a hundred architectures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgemoe.errors import BudgetError
-from edgemoe.index import ExpertIndex
+from edgemoe.index import ExpertIndex, Tensor
 from edgemoe.memory import Budget, format_bytes, page_size
 
 MIB = 1 << 20
@@ -26,6 +26,11 @@ CONTEXT_SHARE = 4
 COMPUTE_SHARE = 4
 """KV cache and compute buffers may each take one part in four of what experts could use instead."""
 
+TABLE_SHARE = 2
+"""Rows of the token embedding are read as tokens need them where they may take one part in so many of the table."""
+
+LEAST_ROWS = 64
+"""Rows of the token embedding for a batch, however narrow it is: a text comes back to its words."""
 
 NOMINAL_PROCESS_BYTES = 64 * MIB
 """What Python and libraries take, roughly; what they really take differs a little between two processes."""
@@ -80,6 +85,8 @@ class ExpertPlan:
         Tokens of context, and of one physical batch.
     arena_bytes : int
         Memory for experts, whole pages.
+    rows_bytes : int
+        Memory for rows of the token embedding, whole pages; 0 where all of it is held, with the dense weights.
     floor_budget : int
         The smallest ``--ram`` that would work for this context, bytes.
     resident_share : float
@@ -97,6 +104,7 @@ class ExpertPlan:
     n_ctx: int
     n_ubatch: int
     arena_bytes: int
+    rows_bytes: int
     floor_budget: int
     resident_share: float
     prompt_mode: str
@@ -147,22 +155,51 @@ def make_plan(
         When the budget cannot hold the floor: dense weights, KV cache, compute buffers and twice the experts of one
         token of one layer. ``needed`` is the budget that would do.
     """
+    table = index.token_table
+    if table is None or TABLE_SHARE * _rows_bytes(table, n_ubatch or DEFAULT_UBATCH) > table.n_bytes:
+        return _divide(index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved, None)
+    plan = _divide(index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved, table)
+    if plan.resident_share < 1:
+        return plan
+    # With room to spare, no token waits for its row.
+    try:
+        held = _divide(index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved, None)
+    except BudgetError:
+        return plan
+    return replace(held, floor_budget=plan.floor_budget) if held.resident_share == 1 else plan
+
+
+def _divide(
+    index: ExpertIndex,
+    budget: Budget,
+    footprint: Callable[[int, int], Footprint],
+    process_bytes: int,
+    n_ctx: int | None,
+    n_ubatch: int | None,
+    reserved: Sequence[PlanLine],
+    table: Tensor | None,
+) -> ExpertPlan:
+    """Divide a budget, with this table read by rows, or every dense weight held."""
     pages = _SlabPages(index)
     set_aside = sum(line.bytes for line in reserved)
-    fixed = process_bytes + index.dense_bytes + set_aside
+    dense = index.dense_bytes - (table.n_bytes if table else 0)
+    fixed = process_bytes + dense + set_aside
     headroom = headroom_of(budget.bytes)
     # 8 bytes for each page that was ever used: evicting an expert frees its pages, not the tables that map them.
     tables = -(-(pages.total + index.dense_bytes) // 512)
     space = budget.bytes - headroom - fixed - tables
     widest = n_ubatch or DEFAULT_UBATCH
 
+    def rows_of(shape: Footprint) -> int:
+        return _rows_bytes(table, shape.n_ubatch) if table else 0
+
     smallest_ctx = n_ctx or min(SMALLEST_CTX, max(index.context_length, 1))
     least = footprint(smallest_ctx, 1)
-    floor_budget = _with_headroom(fixed + tables + least.total + pages.floor)
+    floor_budget = _with_headroom(fixed + tables + least.total + rows_of(least) + pages.floor)
     if budget.bytes < floor_budget:
         raise BudgetError(
             f"{budget.reason} is too small for {index.path.name}: at least {format_bytes(floor_budget)} is needed"
-            f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(index.dense_bytes)},"
+            f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(dense + rows_of(least))},"
             f" Python and llama.cpp {format_bytes(process_bytes + set_aside)},"
             f" KV cache and buffers {format_bytes(least.total)}, experts {format_bytes(pages.floor)});"
             f" give --ram {_round_up_mib(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
@@ -170,7 +207,7 @@ def make_plan(
         )
 
     def arena_for(shape: Footprint) -> int:
-        return min((space - shape.total) // page_size() * page_size(), pages.total)
+        return min((space - shape.total - rows_of(shape)) // page_size() * page_size(), pages.total)
 
     def fits(shape: Footprint) -> bool:
         """Whether the worst batch of that shape finds room in what it leaves to the arena."""
@@ -191,16 +228,23 @@ def make_plan(
             chosen = wider
             break
 
-    arena = arena_for(chosen)
+    arena, rows = arena_for(chosen), rows_of(chosen)
     if chosen.n_ubatch < min(widest, chosen.n_ctx):
         mode = "small-batches"
     else:
         mode = "whole" if arena >= pages.whole(chosen.n_ubatch) else "per-tensor"
-    free = space - chosen.total - arena
+    free = space - chosen.total - rows - arena
     share = min(1.0, arena / pages.total)
+    needed = f"every token needs them: attention, norms, router, {'output' if table else 'embeddings'}"
+    embedding = (
+        [PlanLine("token embedding", rows, f"rows of {format_bytes(table.n_bytes)}, read as tokens need them")]
+        if table
+        else []
+    )
     lines = (
         PlanLine("Python and libraries", process_bytes, "measured in this process, vocabulary included"),
-        PlanLine("dense weights", index.dense_bytes, "every token needs them: attention, norms, router, embeddings"),
+        PlanLine("dense weights", dense, needed),
+        *embedding,
         PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
         PlanLine("compute buffers", chosen.compute_bytes, f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"),
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
@@ -220,11 +264,19 @@ def make_plan(
         n_ctx=chosen.n_ctx,
         n_ubatch=chosen.n_ubatch,
         arena_bytes=arena,
+        rows_bytes=rows,
         floor_budget=floor_budget,
         resident_share=share,
         prompt_mode=mode,
         notes=tuple(_notes(index, arena, share, chosen, mode, n_ubatch)),
     )
+
+
+def _rows_bytes(table: Tensor, n_ubatch: int) -> int:
+    """Pages for the rows of two batches at worst: this one's, and what those before it left."""
+    page, row_bytes = page_size(), table.row_bytes
+    pages = row_bytes // page if row_bytes % page == 0 and table.offset % page == 0 else -(-row_bytes // page) + 1
+    return 2 * max(n_ubatch, LEAST_ROWS) * pages * page
 
 
 def headroom_of(budget_bytes: int) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from edgemoe.errors import BackendError
-from edgemoe.index import ExpertIndex
 from edgemoe.llama_library import C, in_llama_cpp, internals, symbols
 from edgemoe.router_tap import RouterTap
 from edgemoe.store import ExpertStore
@@ -129,7 +128,7 @@ def _interruptible(store: ExpertStore) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reporting(store: ExpertStore, index: ExpertIndex, on_progress: Callable[[int, int], None] | None) -> Iterator[None]:
+def reporting(store: ExpertStore, on_progress: Callable[[int, int], None] | None) -> Iterator[None]:
     """Report the dense bytes read while llama.cpp loads; its own callback only sees tensors that it reads itself."""
     if on_progress is None:
         yield
@@ -138,7 +137,7 @@ def reporting(store: ExpertStore, index: ExpertIndex, on_progress: Callable[[int
 
     def report() -> None:
         while not loaded.wait(0.05):
-            on_progress(store.stats().dense_bytes, index.dense_bytes)
+            on_progress(store.stats().dense_bytes, store.load_bytes)
 
     thread = threading.Thread(target=report, name="edgemoe-progress")
     thread.start()
@@ -147,4 +146,4 @@ def reporting(store: ExpertStore, index: ExpertIndex, on_progress: Callable[[int
     finally:
         loaded.set()
         thread.join()
-        on_progress(store.stats().dense_bytes, index.dense_bytes)
+        on_progress(store.stats().dense_bytes, store.load_bytes)

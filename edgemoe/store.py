@@ -45,7 +45,7 @@ class StoreStats:
     bytes_read : int
         Expert bytes read from disk.
     dense_bytes : int
-        Bytes of all other tensors read so far.
+        Bytes of all other tensors read so far, rows of the token embedding included.
     resident_bytes, peak_bytes, arena_bytes : int
         Memory that experts hold now, held at most, may hold.
     read_seconds, busy_seconds : float
@@ -133,6 +133,8 @@ class ExpertStore:
         else mmap.
     tuning : Tuning
         Everything on by default.
+    rows_bytes : int
+        Memory for rows of the token embedding, which are then read when tokens need them; 0 holds all of it.
 
     Attributes
     ----------
@@ -140,6 +142,8 @@ class ExpertStore:
         The mode in use and why.
     disk : DiskSpeed
         How the disk is best read, and how fast it is then.
+    load_bytes : int
+        What a model reads while it loads: all that is neither an expert nor read by rows.
 
     Raises
     ------
@@ -147,8 +151,17 @@ class ExpertStore:
         When a file cannot be opened or does not support the asked mode.
     """
 
-    def __init__(self, index: ExpertIndex, arena_bytes: int, io: str = "auto", tuning: Tuning | None = None) -> None:
+    def __init__(
+        self,
+        index: ExpertIndex,
+        arena_bytes: int,
+        io: str = "auto",
+        tuning: Tuning | None = None,
+        rows_bytes: int = 0,
+    ) -> None:
         self.arena_bytes = arena_bytes
+        table = index.token_table if rows_bytes else None
+        self.load_bytes = index.dense_bytes - (table.n_bytes if table else 0)
         self.io, self.io_reason = choose_io(index, io)
         if self.io == "direct":
             # The part that has most of the experts, as a rule; the first one of a split model may have none.
@@ -164,7 +177,8 @@ class ExpertStore:
             for path in index.files:
                 session.add_file(os.fspath(path))
             for tensor in index.tensors:
-                session.add_tensor(tensor.name, tensor.file, tensor.offset, tensor.n_bytes)
+                rows = {"row_bytes": tensor.row_bytes, "most_bytes": rows_bytes} if tensor is table else {}
+                session.add_tensor(tensor.name, tensor.file, tensor.offset, tensor.n_bytes, **rows)
             for expert in index.experts:
                 session.add_tensor(
                     expert.name, expert.file, expert.offset, expert.n_bytes, expert.layer, expert.n_expert

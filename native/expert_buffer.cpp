@@ -93,6 +93,8 @@ void ExpertBuffer::adopt(ggml::Tensor* tensor) {
     tensor->data = data;
     if (spec.n_expert > 0) {
         experts_.emplace(tensor, id);
+    } else if (spec.row_bytes > 0) {
+        tables_.emplace(tensor, id);
     } else {
         store_.read_dense(id, data);
         dense_.emplace(spec.name, tensor);

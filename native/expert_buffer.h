@@ -1,9 +1,10 @@
 // The ggml buffer type through which llama.cpp's own loader puts a model into the expert store.
 //
 // `alloc_buffer` only reserves address space. `init_tensor` is called for each tensor before any data is loaded: an
-// expert tensor is moved to the address congruent with its file offset and left empty; any other tensor is read at
-// once, past the page cache. Both are given another name until `restore_names`, because the loader skips what it cannot
-// find in the file. Tensors that are not in the file at all (LoRA adapters) are ordinary memory.
+// expert tensor, or a table that is read by rows, is moved to the address congruent with its file offset and left
+// empty; any other tensor is read at once, past the page cache. Both are given another name until `restore_names`,
+// because the loader skips what it cannot find in the file. Tensors that are not in the file at all (LoRA adapters) are
+// ordinary memory.
 #pragma once
 
 #include <atomic>
@@ -29,6 +30,11 @@ class ExpertBuffer {
     int expert_tensor(const ggml::Tensor* tensor) const {
         const auto found = experts_.find(tensor);
         return found == experts_.end() ? -1 : found->second;
+    }
+    // The store's tensor behind a placed table that is read by rows, or -1.
+    int table(const ggml::Tensor* tensor) const {
+        const auto found = tables_.find(tensor);
+        return found == tables_.end() ? -1 : found->second;
     }
     // A tensor of the model that is not an expert tensor, by its name in the file; null where there is none.
     const ggml::Tensor* dense(const std::string& name) const {
@@ -62,7 +68,7 @@ class ExpertBuffer {
     const ggml::Api& api_;
     ggml::BufferType type_;
     std::unordered_map<std::string, int> by_name_;
-    std::unordered_map<const ggml::Tensor*, int> experts_;
+    std::unordered_map<const ggml::Tensor*, int> experts_, tables_;
     std::unordered_map<std::string, const ggml::Tensor*> dense_;
     std::vector<std::pair<ggml::Tensor*, int>> renamed_;
     std::atomic<bool> stop_{false};

@@ -84,22 +84,51 @@ bool ExpertStore::probe_direct(const std::string& path, uint64_t offset, std::st
 
 std::byte* ExpertStore::place(int id, std::byte* region) {
     std::byte* data = slabs_.place(id, region);
+    const TensorSpec& spec = tensor(id);
+    if (spec.row_bytes > 0 && !tables_.try_emplace(id, data, spec.n_bytes, spec.row_bytes, spec.most_bytes).second) {
+        throw SystemError(spec.name + " is read by rows, but llama.cpp has two tensors of that name");
+    }
     all_fit_ = slabs_.placed_bytes() <= arena_bytes_;
     return data;
 }
 
 void ExpertStore::read_dense(int id, std::byte* to) {
     const TensorSpec& spec = tensor(id);
-    const MappedFile& file = slabs_.file_of(slabs_.tensors()[id]);
+    const MappedFile& file = slabs_.file_of(tensor_of(id));
     file.check_unchanged();
     jobs_.clear();
     plan_read(file, spec.offset, to, spec.n_bytes,
               io_ == Io::direct && !Slabs::is_small_dense(spec) ? Io::direct : Io::pread, 0, 0);
-    const uint64_t before = lanes_.bytes_read();
     lanes_.run(jobs_);
     file.check_unchanged();
     dense_bytes_ += spec.n_bytes;
-    dense_read_ += lanes_.bytes_read() - before;
+}
+
+void ExpertStore::read_rows(int id, const std::vector<int32_t>& rows) {
+    TableRows& table = tables_.at(id);
+    const std::vector<Pages> missing = table.take(rows);
+    if (missing.empty()) {
+        return;
+    }
+    const TensorSpec& spec = tensor(id);
+    const MappedFile& file = slabs_.file_of(tensor_of(id));
+    jobs_.clear();
+    uint64_t n_bytes = 0;
+    for (const Pages& stretch : missing) {
+        plan_read(file, spec.offset + table.offset_of(stretch), stretch.begin(), stretch.bytes(),
+                  io_ == Io::direct ? Io::direct : Io::pread, 0, 0);
+        n_bytes += stretch.bytes();
+    }
+    try {
+        const uint64_t started = now_ns();
+        lanes_.run(jobs_);
+        read_ns_ += now_ns() - started;
+        file.check_unchanged();
+    } catch (const SystemError&) {
+        table.drop(missing);
+        throw;
+    }
+    dense_bytes_ += n_bytes;
 }
 
 // ---------------------------------------------------------------- pages
@@ -274,7 +303,7 @@ StoreStats ExpertStore::stats() const {
     stats.misses = misses_;
     stats.expected_hits = expected_hits_;
     stats.evictions = evictions_;
-    stats.bytes_read = lanes_.bytes_read() - dense_read_;
+    stats.bytes_read = lanes_.bytes_read();
     stats.dense_bytes = dense_bytes_;
     stats.resident_bytes = resident_bytes_;
     stats.peak_bytes = peak_bytes_;

@@ -22,16 +22,18 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "eviction.h"
-#include "idle_pages.h"
 #include "mapped_file.h"
+#include "page_queue.h"
 #include "read_lanes.h"
 #include "slabs.h"
 #include "spare_pages.h"
+#include "table_rows.h"
 
 namespace edgemoe {
 
@@ -80,6 +82,7 @@ class ExpertStore {
     uint64_t place_size(int id) const { return slabs_.place_size(id); }
     std::byte* place(int id, std::byte* region);
     void read_dense(int id, std::byte* to);                             // blocking; for tensors that are not experts
+    void read_rows(int id, const std::vector<int32_t>& rows);           // blocking; of a table that is read by rows
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
 
     // -------- serve
@@ -176,13 +179,13 @@ class ExpertStore {
     bool sparing_ = false;  // preferred ones are no victims
     int serving_ = 0;       // number of the layer that was asked for last
     SparePages spares_;
-    IdlePages idle_;
+    PageQueue idle_;                   // between two slabs that left: giving one back interrupts all who compute
+    std::map<int, TableRows> tables_;  // by tensor
     BusErrorGuard guard_;
     ReadLanes lanes_;
 
     std::atomic<uint64_t> hits_{0}, misses_{0}, expected_hits_{0}, evictions_{0}, dense_bytes_{0};
-    std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0}, expected_bytes_{0}, wasted_bytes_{0},
-        dense_read_{0};
+    std::atomic<uint64_t> resident_bytes_{0}, peak_bytes_{0}, read_ns_{0}, expected_bytes_{0}, wasted_bytes_{0};
     bool all_fit_ = true;  // all pages of all experts are within the arena
 };
 

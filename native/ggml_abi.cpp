@@ -15,6 +15,7 @@ std::string Api::check_layout() {
     Tensor* input = new_tensor_3d(context, kF32, 8, 2, 3);
     Tensor* ids = new_tensor_3d(context, kI32, 2, 3, 1);
     Tensor* product = mul_mat_id(context, experts, input, ids);
+    Tensor* rows = get_rows(context, input, ids);
     set_name(experts, "layout check");
 
     std::string wrong;
@@ -31,7 +32,10 @@ std::string Api::check_layout() {
     expect(experts->data == nullptr && experts->buffer == nullptr && experts->view_src == nullptr, "data");
     expect(product->src[0] == experts && product->src[1] == input && product->src[2] == ids, "src");
     expect(product->op != experts->op && product->op > 0, "op");
+    expect(rows->src[0] == input && rows->src[1] == ids && rows->op != product->op && rows->op > 0, "rows");
+    op_none = experts->op;
     op_mul_mat_id = product->op;
+    op_get_rows = rows->op;
     free(context);
     return wrong;
 }

@@ -94,10 +94,12 @@ struct Api {
     void (*free)(Context*);                                                            // ggml_free
     Tensor* (*new_tensor_3d)(Context*, int type, int64_t, int64_t, int64_t);           // ggml_new_tensor_3d
     Tensor* (*mul_mat_id)(Context*, Tensor* as, Tensor* b, Tensor* ids);               // ggml_mul_mat_id
+    Tensor* (*get_rows)(Context*, Tensor* table, Tensor* rows);                        // ggml_get_rows
     Tensor* (*set_name)(Tensor*, const char*);                                         // ggml_set_name
     std::map<BufferType*, MemoryUse> (*memory_breakdown)(const void* llama_context);   // llama_get_memory_breakdown
 
-    int op_mul_mat_id = -1;  // enum ggml_op is not part of the ABI above: learnt by check_layout
+    // enum ggml_op is not part of the ABI above: learnt by check_layout.
+    int op_none = -1, op_mul_mat_id = -1, op_get_rows = -1;
 
     // Builds a few tensors with the library and compares every field that edgemoe touches.
     // Returns what differs, or an empty string.

@@ -40,6 +40,7 @@ edgemoe::ggml::Api make_api(const Symbols& symbols) {
     bind(api.free, symbols, "ggml_free");
     bind(api.new_tensor_3d, symbols, "ggml_new_tensor_3d");
     bind(api.mul_mat_id, symbols, "ggml_mul_mat_id");
+    bind(api.get_rows, symbols, "ggml_get_rows");
     bind(api.set_name, symbols, "ggml_set_name");
     bind(api.memory_breakdown, symbols, "llama_get_memory_breakdown");
     const std::string wrong = api.check_layout();
@@ -140,10 +141,13 @@ NB_MODULE(_native, m) {
             "add_file", [](Session& s, const std::string& path) { return s.store.add_file(path); }, "path"_a)
         .def(
             "add_tensor",
-            [](Session& s, std::string name, int file, uint64_t offset, uint64_t n_bytes, int layer, int n_expert) {
-                return s.store.add_tensor({std::move(name), file, offset, n_bytes, layer, n_expert});
+            [](Session& s, std::string name, int file, uint64_t offset, uint64_t n_bytes, int layer, int n_expert,
+               uint64_t row_bytes, uint64_t most_bytes) {
+                return s.store.add_tensor(
+                    {std::move(name), file, offset, n_bytes, layer, n_expert, row_bytes, most_bytes});
             },
-            "name"_a, "file"_a, "offset"_a, "n_bytes"_a, "layer"_a = -1, "n_expert"_a = 0)
+            "name"_a, "file"_a, "offset"_a, "n_bytes"_a, "layer"_a = -1, "n_expert"_a = 0, "row_bytes"_a = 0,
+            "most_bytes"_a = 0)
         .def("attach", &Session::attach, "symbols"_a)
         .def("buffer_type", [](Session& s) { return reinterpret_cast<uintptr_t>(s.buffer->type()); })
         .def("restore_names", [](Session& s) { s.buffer->restore_names(); })

@@ -57,7 +57,7 @@ ReadLanes::~ReadLanes() {
     release_memory(edges_, n_edges_);
 }
 
-void ReadLanes::resize(int32_t n_slabs) { slabs_ = std::vector<Slab>(static_cast<size_t>(std::max(n_slabs, 1))); }
+void ReadLanes::resize(int32_t n_slabs) { slabs_ = std::vector<Slab>(static_cast<size_t>(n_slabs) + 1); }
 
 void ReadLanes::work(int lane) {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -118,7 +118,7 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
     }
     n_speculating_ -= job.speculative ? 1 : 0;
     if (failure.empty()) {
-        bytes_read_ += n_given;
+        bytes_read_ += job.slab == run_slab() ? 0 : n_given;
         finish(job.slab);
     } else if (++job.n_tries < kTries && slabs_[job.slab].demanded && !draining_ && !failed(job.slab)) {
         ++n_retries_;
@@ -243,10 +243,13 @@ void ReadLanes::drain() {
     draining_ = false;
 }
 
-void ReadLanes::run(const std::vector<ReadJob>& jobs) {
+void ReadLanes::run(std::vector<ReadJob> jobs) {
+    for (ReadJob& job : jobs) {
+        job.slab = run_slab();
+    }
     submit(jobs, Urgency::demanded);
     try {
-        wait({0});
+        wait({run_slab()});
     } catch (const SystemError&) {
         drain();  // nobody writes any more when the caller learns of it
         throw;

@@ -62,12 +62,12 @@ class ReadLanes {
     // Nothing is read any more when it returns. Slabs whose jobs were taken back have failed.
     void drain();
 
-    // All jobs, demanded, as slab 0; then waits for them.
-    void run(const std::vector<ReadJob>& jobs);
+    // All jobs, demanded, whatever slab they name: as one of their own. Then waits for them.
+    void run(std::vector<ReadJob> jobs);
 
     int size() const { return static_cast<int>(threads_.size()) + 1; }
-    uint64_t bytes_read() const { return bytes_read_; }
-    uint64_t busy_ns() const;  // time in which at least one read was under way
+    uint64_t bytes_read() const { return bytes_read_; }  // without those of `run`
+    uint64_t busy_ns() const;                            // time in which at least one read was under way
     uint64_t n_retries() const { return n_retries_; }
 
    private:
@@ -81,6 +81,7 @@ class ReadLanes {
 
     static constexpr int kCaller = 0;  // as a lane
 
+    int32_t run_slab() const { return static_cast<int32_t>(slabs_.size()) - 1; }
     void work(int lane);
     void demand(const ReadJob& job);
     bool take(ReadJob& job, int lane);
@@ -95,7 +96,7 @@ class ReadLanes {
     const size_t n_edges_;
     std::byte* const edges_;  // two pages for each lane
     std::vector<std::thread> threads_;
-    std::vector<Slab> slabs_{1};
+    std::vector<Slab> slabs_{1};  // the last one is what `run` reads
     std::deque<ReadJob> demanded_, speculative_;
     int n_busy_ = 0, n_speculating_ = 0, n_awaited_ = 0;
     bool stopping_ = false, draining_ = false;

@@ -62,6 +62,7 @@ bool RouterHook::before_node(ggml::Tensor* node) {
             }
         }
     }
+    read_table(node);
     if (skipping_.awaits(node)) {
         return true;
     }
@@ -73,6 +74,23 @@ bool RouterHook::before_node(ggml::Tensor* node) {
         skipping_.learn(is.layer, node);
     }
     return wants(node, is);
+}
+
+// The tokens are the graph's input: known before any of it is computed.
+void RouterHook::read_table(const ggml::Tensor* node) {
+    for (const ggml::Tensor* source : {node->src[0], node->src[1]}) {
+        const int id = buffer_.table(source);
+        if (id < 0) {
+            continue;
+        }
+        const ggml::Tensor* rows = node->src[1];
+        if (node->op != api_.op_get_rows || source == rows || rows->op != api_.op_none) {
+            throw SystemError(store_.tensor(id).name + " is used for something else than looking up tokens; " +
+                              "this architecture needs a newer edgemoe");
+        }
+        read_numbers(rows, rows_);
+        store_.read_rows(id, rows_);
+    }
 }
 
 bool RouterHook::wants(const ggml::Tensor* node, Node is) const {
@@ -165,7 +183,7 @@ bool RouterHook::select(int layer, ggml::Tensor* top_k) {
     if (routes_.forces(layer)) {
         routes_.apply(layer, top_k);
     }
-    read_ids(top_k);
+    read_numbers(top_k, ids_);
     if (!trace_.watches_outputs(layer)) {
         return layer != cut_layer_;
     }
@@ -186,7 +204,7 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     }
     store_.routed(layer, top_k->ne[1], ids_);
     if (skipping_.on()) {
-        read_ids(top_k);  // a skipped expert was chosen, but is not needed
+        read_numbers(top_k, ids_);  // a skipped expert was chosen, but is not needed
     }
     look_ahead_.settle(layer, ids_);
     const uint32_t all_parts = (1U << n_parts) - 1;
@@ -238,14 +256,14 @@ void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {
 }
 
 // The ids are a strided view of the argsort: [n_expert_used, n_tokens], row stride nb[1].
-void RouterHook::read_ids(const ggml::Tensor* ids) {
-    ids_.clear();
-    for (int64_t token = 0; token < ids->ne[1]; ++token) {
-        const char* row = static_cast<const char*>(ids->data) + static_cast<size_t>(token) * ids->nb[1];
-        for (int64_t k = 0; k < ids->ne[0]; ++k) {
-            int32_t id = 0;
-            std::memcpy(&id, row + static_cast<size_t>(k) * ids->nb[0], sizeof(id));
-            ids_.push_back(id);
+void RouterHook::read_numbers(const ggml::Tensor* from, std::vector<int32_t>& to) {
+    to.clear();
+    for (int64_t row = 0; row < from->ne[1]; ++row) {
+        const char* start = static_cast<const char*>(from->data) + static_cast<size_t>(row) * from->nb[1];
+        for (int64_t k = 0; k < from->ne[0]; ++k) {
+            int32_t number = 0;
+            std::memcpy(&number, start + static_cast<size_t>(k) * from->nb[0], sizeof(number));
+            to.push_back(number);
         }
     }
 }

@@ -62,7 +62,8 @@ class RouterHook {
     bool serve(int layer, const ggml::Tensor* top_k);
     void complete(int layer, int64_t n_tokens);
     void look_ahead(int layer, const ggml::Tensor* top_k);
-    void read_ids(const ggml::Tensor* ids);
+    void read_table(const ggml::Tensor* node);
+    static void read_numbers(const ggml::Tensor* from, std::vector<int32_t>& to);
     void fail(const std::string& what);
 
     ExpertStore& store_;
@@ -75,7 +76,7 @@ class RouterHook {
     LookAhead look_ahead_;
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
-    std::vector<int32_t> ids_;
+    std::vector<int32_t> ids_, rows_;
     int served_layer_ = -1;  // ids_ and the pinned slabs belong to this layer
     bool staged_ = false;    // the expert tensors of served_layer_ are acquired one by one
     uint32_t arriving_ = 0;  // parts of served_layer_ that have to be waited for before they are used

@@ -26,6 +26,9 @@ int Slabs::add_tensor(TensorSpec spec) {
     if (spec.n_bytes > file.size() || spec.offset > file.size() - spec.n_bytes) {
         throw SystemError(spec.name + " lies outside " + file.path());
     }
+    if (spec.row_bytes > 0 && spec.n_bytes % spec.row_bytes != 0) {
+        throw SystemError(spec.name + " cannot be divided into rows of " + std::to_string(spec.row_bytes) + " bytes");
+    }
     Tensor tensor;
     tensor.spec = std::move(spec);
     const int id = static_cast<int>(tensors_.size());
@@ -73,7 +76,9 @@ int Slabs::n_expert(int layer) const {
     return layers_[layer].n_expert;
 }
 
-bool Slabs::is_small_dense(const TensorSpec& spec) { return spec.n_expert == 0 && spec.n_bytes < kSmallDense; }
+bool Slabs::is_small_dense(const TensorSpec& spec) {
+    return spec.n_expert == 0 && spec.row_bytes == 0 && spec.n_bytes < kSmallDense;
+}
 
 uint64_t Slabs::place_size(int id) const {
     const TensorSpec& spec = tensors_[id].spec;
@@ -92,13 +97,13 @@ std::byte* Slabs::place(int id, std::byte* region) {
     }
     const auto start = static_cast<uintptr_t>(page_ceil(reinterpret_cast<uintptr_t>(region)));
     std::byte* data = reinterpret_cast<std::byte*>(start + spec.offset % page_size());
-    if (spec.n_expert == 0) {
+    if (spec.n_expert == 0 && spec.row_bytes == 0) {
         return data;
     }
     tensor.data = data;
     const size_t whole = page_ceil(spec.offset % page_size() + spec.n_bytes);
-    placed_bytes_ += whole;
-    if (io_ != Io::mmap) {
+    placed_bytes_ += spec.n_expert > 0 ? whole : 0;
+    if (io_ != Io::mmap || spec.row_bytes > 0) {
         use_small_pages(reinterpret_cast<std::byte*>(start), whole);
     }
     return data;

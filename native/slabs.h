@@ -23,8 +23,10 @@ struct TensorSpec {
     int file = 0;         // index given by add_file
     uint64_t offset = 0;  // of the first byte in that file
     uint64_t n_bytes = 0;
-    int layer = -1;    // -1: not an expert tensor
-    int n_expert = 0;  // slabs in the tensor, equal in size; 0: not an expert tensor
+    int layer = -1;           // -1: not an expert tensor
+    int n_expert = 0;         // slabs in the tensor, equal in size; 0: not an expert tensor
+    uint64_t row_bytes = 0;   // of a table that is read by rows; 0: it is read as a whole, or by experts
+    uint64_t most_bytes = 0;  // pages of such a table that may be in memory at a time
 };
 
 struct Pages {

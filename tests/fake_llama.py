@@ -20,6 +20,7 @@ PLAN = ExpertPlan(
     lines=(PlanLine("dense weights", 60 * MIB, "every token"), PlanLine("expert arena", 40 * MIB, "half of them")),
     n_ctx=64,
     n_ubatch=32,
+    rows_bytes=0,
     arena_bytes=40 * MIB,
     floor_budget=70 * MIB + 1,
     resident_share=0.5,

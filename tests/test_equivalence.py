@@ -9,6 +9,7 @@ import pytest
 from plain_llama import TINY_MOE, arena_share, greedy, logits, plain_llama
 from tiny_models import EXPERT_TYPES, TINY_ARCHITECTURES, WIDE, write_tiny_model
 
+from edgemoe import plan
 from edgemoe.backend import Llama
 
 SHARES = {"everything": 1.0, "half": 0.5, "quarter": 0.25, "floor": 0.0}
@@ -28,6 +29,8 @@ def assert_same_logits(path: Path, share: float, n_decoded: int, io: str = "auto
         plain.close()
         found = logits(ours, prompt, answer)
         stats = ours.store.stats()
+        if plan.TABLE_SHARE == 0 and ours.index.token_table is not None:
+            assert ours.plan.rows_bytes > 0
     assert np.isfinite(expected).all()
     assert float(np.abs(found - expected).max()) == 0.0
     assert expected.std() > 1e-3, "a model whose logits are all alike proves nothing"
@@ -47,6 +50,36 @@ def test_every_architecture_at_every_budget(architecture: str, share: float, tmp
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES.keys())
 def test_trained_model_at_every_budget(share: float) -> None:
     assert_same_logits(TINY_MOE, share, N_DECODED)
+
+
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_every_architecture_looks_its_tokens_up(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every table is read by rows, however small it is."""
+    monkeypatch.setattr(plan, "TABLE_SHARE", 0)
+    path = tmp_path / f"{architecture}.gguf"
+    write_tiny_model(path, architecture)
+    assert_same_logits(path, 0.25, 24)
+
+
+@pytest.mark.parametrize("io", ["direct", "mmap", "pread"])
+def test_rows_of_tokens_come_and_go(io: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "LEAST_ROWS", 4)
+    path = tmp_path / "model.gguf"
+    write_tiny_model(path, "qwen3moe", **WIDE)
+    tokens = np.random.default_rng(1).integers(4, 288, 300).tolist()
+    with arena_share(0.25), Llama(str(path), io=io, n_ubatch=4, **SETTINGS) as ours:
+        table = ours.index.token_table
+        assert table is not None
+        assert 0 < ours.plan.rows_bytes < table.n_bytes / 2
+        found = logits(ours, tokens[:100], tokens[100:])
+        looked_up = ours.store.stats().dense_bytes - ours.store.load_bytes
+        assert looked_up > ours.plan.rows_bytes, "no row had to leave"
+    with Llama(str(path), io=io, ram="4GiB", n_ubatch=4, **SETTINGS) as held:
+        assert held.plan.rows_bytes == 0
+        assert np.array_equal(found, logits(held, tokens[:100], tokens[100:]))
+        assert held.store.stats().dense_bytes == held.store.load_bytes == held.index.dense_bytes
 
 
 @pytest.mark.parametrize("io", ["direct", "mmap", "pread"])

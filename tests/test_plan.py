@@ -13,13 +13,14 @@ from gguf_bytes import TYPE_Q8_0, TensorBytes, gguf_bytes, moe_metadata, n_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_llama import TINY_MOE
+from tiny_models import write_tiny_model
 
 from edgemoe.allocation import ExpertBudget, uniform
 from edgemoe.errors import BudgetError
 from edgemoe.expert_set import ExpertLayers
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import Budget, page_size
-from edgemoe.plan import ExpertPlan, Footprint, expert_pages, headroom_of, kernel_scratch, make_plan
+from edgemoe.plan import LEAST_ROWS, ExpertPlan, Footprint, expert_pages, headroom_of, kernel_scratch, make_plan
 
 MIB = 1 << 20
 PROCESS = 60 * MIB
@@ -199,3 +200,44 @@ def test_what_is_kept_of_qwen3_30b_a3b(kept: int, billions: float, gigabytes: fl
     assert solved.n_bytes(pages.expert_bytes) <= arena < (solved.mean_kept + 1) * sum(pages.expert_bytes)
     # What the arena is counted with exceeds the bytes themselves by a page for each part.
     assert n_expert_bytes <= chosen.n_bytes(pages.expert_bytes) <= 1.01 * n_expert_bytes
+
+
+def test_token_embedding_is_read_by_rows_until_all_experts_fit(tmp_path: Path) -> None:
+    index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
+    table = index.token_table
+    assert table is not None
+    assert table.row_bytes * table.shape[1] == table.n_bytes
+
+    def at(n_bytes: int, n_ubatch: int | None = None) -> ExpertPlan:
+        return make_plan(index, Budget(n_bytes, "--ram"), footprint, PROCESS, 512, n_ubatch)
+
+    small = at(4 << 30)
+    # Two batches of rows that each straddle a page.
+    pages = -(-table.row_bytes // page_size()) + 1
+    assert small.rows_bytes == small.bytes_of("token embedding") == 2 * small.n_ubatch * pages * page_size()
+    assert small.bytes_of("dense weights") == index.dense_bytes - table.n_bytes
+    assert at(4 << 30, 16).rows_bytes == 2 * LEAST_ROWS * pages * page_size()
+
+    low, high = 4 << 30, 1 << 36
+    while high - low > page_size():
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle).rows_bytes == 0 else (middle, high)
+    held, by_rows = at(high), at(low)
+    assert held.resident_share == by_rows.resident_share == 1
+    assert held.bytes_of("dense weights") == index.dense_bytes
+    assert held.bytes_of("token embedding") == 0
+    assert held.floor_budget == by_rows.floor_budget
+    assert sum(line.bytes for line in held.lines) == high
+
+
+def test_small_and_tied_embeddings_are_held(tmp_path: Path) -> None:
+    assert INDEX.token_table is None, "the model multiplies by it for every token"
+    assert plan(100).rows_bytes == 0
+    path = tmp_path / "model.gguf"
+    write_tiny_model(path, "qwen3moe")
+    index = read_index(path)
+    assert index.token_table is not None
+    everything = make_plan(index, Budget(1 << 30, "--ram"), footprint, PROCESS, 64, 8)
+    small = make_plan(index, Budget(everything.floor_budget, "--ram"), footprint, PROCESS, 64, 8)
+    assert small.resident_share < 1
+    assert small.rows_bytes == 0

@@ -30,6 +30,7 @@ constexpr int kI32 = 26;
 constexpr int kI8 = 24;
 constexpr int kOpView = 7;
 constexpr int kOpMulMatId = 31;
+constexpr int kOpGetRows = 40;
 
 inline void set_name(Tensor* tensor, const std::string& name) {
     std::snprintf(tensor->name, sizeof(tensor->name), "%s", name.c_str());
@@ -81,6 +82,13 @@ inline Api make_api() {
         product.src[1] = b;
         product.src[2] = ids;
         return &open_context()->emplace_back(product);
+    };
+    api.get_rows = [](Context*, Tensor* table, Tensor* rows) {
+        Tensor found = make_tensor(kF32, "", {table->ne[0], rows->ne[0], rows->ne[1]});
+        found.op = kOpGetRows;
+        found.src[0] = table;
+        found.src[1] = rows;
+        return &open_context()->emplace_back(found);
     };
     api.set_name = [](Tensor* tensor, const char* name) {
         set_name(tensor, name);

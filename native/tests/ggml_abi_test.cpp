@@ -4,11 +4,12 @@
 
 using edgemoe::ggml::Api;
 
-TEST(right_layout_is_accepted_and_the_operation_learnt) {
+TEST(right_layout_is_accepted_and_the_operations_learnt) {
     Api api = fake_ggml::make_api();
     CHECK_EQUAL(api.op_mul_mat_id, -1);
     CHECK_EQUAL(api.check_layout(), "");
     CHECK_EQUAL(api.op_mul_mat_id, fake_ggml::kOpMulMatId);
+    CHECK_EQUAL(api.op_get_rows, fake_ggml::kOpGetRows);
     CHECK(fake_ggml::open_context() == nullptr);  // freed
 }
 

@@ -1,11 +1,11 @@
 // Single pages that nobody holds, counted by the kernel's page tables.
-#include "idle_pages.h"
+#include "page_queue.h"
 
 #include "check.h"
 #include "page_space.h"
 
-using edgemoe::IdlePages;
 using edgemoe::page_size;
+using edgemoe::PageQueue;
 
 namespace {
 
@@ -18,7 +18,7 @@ bool held(const PageSpace& space, size_t page) { return space.held(page, 1) == 1
 TEST(pages_stay_until_there_are_too_many) {
     const PageSpace space(kPages);
     space.fill(0, kPages);
-    IdlePages idle;
+    PageQueue idle;
     for (const size_t page : {2U, 0U, 5U}) {
         idle.give(space.at(page));
     }
@@ -37,7 +37,7 @@ TEST(pages_stay_until_there_are_too_many) {
 TEST(page_that_is_taken_is_not_given_back) {
     const PageSpace space(kPages);
     space.fill(0, kPages);
-    IdlePages idle;
+    PageQueue idle;
     idle.give(space.at(1));
     idle.give(space.at(2));
     idle.take(space.at(1));
@@ -50,7 +50,7 @@ TEST(page_that_is_taken_is_not_given_back) {
 TEST(page_that_comes_again_is_the_youngest) {
     const PageSpace space(kPages);
     space.fill(0, kPages);
-    IdlePages idle;
+    PageQueue idle;
     idle.give(space.at(1));
     idle.give(space.at(2));
     idle.take(space.at(1));

@@ -1,5 +1,4 @@
-// Pages that two neighbouring slabs share and neither holds now. They stay where they are, for whichever of the two
-// comes first: giving a page back interrupts every processor that computes, and costs as much as moving a slab.
+// Single pages of memory in the order in which they came; whoever has been here longest is given back.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +10,10 @@
 
 namespace edgemoe {
 
-class IdlePages {
+class PageQueue {
    public:
-    void give(std::byte* page);  // nobody holds it any more
-    void take(std::byte* page);  // somebody holds it from now on, whether it was here or not
+    void give(std::byte* page);  // comes last, wherever it was
+    bool take(std::byte* page);  // it is left to the caller; false: it was not here
     void shrink(uint64_t most);  // gives back what is more than so many bytes; the oldest first
     uint64_t bytes() const { return pages_.size() * page_size(); }
 
