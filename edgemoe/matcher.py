@@ -1,24 +1,30 @@
-"""The only file that imports sklearn: which stored task a text is nearest to by its routing, or none of them.
+"""Which stored task a text is nearest to by its routing, or none of them.
 
 Source: PreMoE v1 (arXiv 2505.17639, TAER), which takes the nearest stored vector of the first MoE layer by squared L2
 and never says no. Shares are compared by their square roots here (Hellinger distance: sampling noise is then about
 the same for every expert), in the metric of linear discriminant analysis; `benchmarks/matcher_accuracy.py` has figures.
-Importing it costs about a second and tens of megabytes, so import it where it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.neighbors import NearestNeighbors
 
 from edgemoe.errors import PatternError
 from edgemoe.oddness import Oddness
-from edgemoe.routing_space import TINY, Geometry, Metric, Space, to_points
+from edgemoe.routing_space import (
+    TINY,
+    Geometry,
+    Metric,
+    Space,
+    cosine_distances,
+    squared_distances,
+    to_points,
+)
 
 if TYPE_CHECKING:
     from edgemoe.pattern import Pattern
@@ -263,22 +269,15 @@ class _NearestMeans:
 
     metric: Metric
     geometry: Geometry
-    _neighbours: NearestNeighbors = field(init=False)
-
-    def __post_init__(self) -> None:
-        means = self.geometry.compared(self.geometry.means)
-        metric = "cosine" if self.metric == "cosine" else "sqeuclidean"
-        self._neighbours = NearestNeighbors(n_neighbors=len(means), algorithm="brute", metric=metric).fit(means)
 
     def measure(self, points: Floats, rest: Floats) -> tuple[Floats, Floats]:
         """Distances to the tasks [P, T], and logarithms of what makes a point odd [P, 1 or 2].
 
         `rest` [P] is the squared length of each point's part outside of the space.
         """
-        found, order = self._neighbours.kneighbors(self.geometry.compared(points))
-        distances = np.empty_like(found)
-        np.put_along_axis(distances, order, found, axis=1)
-        nearest = np.log(np.maximum(found[:, :1], TINY))
+        compared, means = self.geometry.compared(points), self.geometry.compared(self.geometry.means)
+        distances = cosine_distances(compared, means) if self.metric == "cosine" else squared_distances(compared, means)
+        nearest = np.log(np.maximum(distances.min(1, keepdims=True), TINY))
         if self.metric != "whitened":
             return distances, nearest
         away = np.log(np.maximum(self.geometry.from_any_task(points, rest), TINY))[:, None]

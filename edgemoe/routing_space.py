@@ -8,7 +8,18 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TINY", "Geometry", "Metric", "Space", "ledoit_wolf", "plane_of_means", "span_of", "to_points"]
+__all__ = [
+    "TINY",
+    "Geometry",
+    "Metric",
+    "Space",
+    "cosine_distances",
+    "ledoit_wolf",
+    "plane_of_means",
+    "span_of",
+    "squared_distances",
+    "to_points",
+]
 
 Metric = Literal["whitened", "hellinger", "l2", "l2-normalised", "cosine"]
 Floats = npt.NDArray[np.float64]
@@ -146,6 +157,18 @@ def to_points(shares: npt.NDArray[np.floating], metric: Metric) -> Floats:
     elif metric == "l2-normalised":
         rows = rows / np.maximum(np.linalg.norm(rows, axis=2, keepdims=True), TINY)
     return rows.reshape(len(rows), -1)
+
+
+def squared_distances(points: Floats, means: Floats) -> Floats:
+    """Squared Euclidean distances [P, T] of points [P, D] to means [T, D]."""
+    return np.stack([((points - mean) ** 2).sum(1) for mean in means], axis=1)
+
+
+def cosine_distances(points: Floats, means: Floats) -> Floats:
+    """1 - cosine [P, T] of points [P, D] and means [T, D]; 1 where one of them is zero."""
+    lengths = np.linalg.norm(points, axis=1)[:, None] * np.linalg.norm(means, axis=1)
+    distances: Floats = 1 - points @ means.T / np.maximum(lengths, TINY)
+    return distances
 
 
 def plane_of_means(means: Floats, directions: Floats, variances: Floats) -> Floats | None:

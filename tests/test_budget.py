@@ -89,7 +89,7 @@ def peak_at_the_floor(*arguments: object, text: str = "") -> tuple[int, int]:
 
 
 def test_profiling_and_matching_stay_below_the_budget_too(tmp_path: Path) -> None:
-    """Compiling the kernels, measuring layers and scikit-learn are all part of it."""
+    """Compiling the kernels and measuring layers are all part of it."""
     (tmp_path / "maths.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TALK))
     store = ("--store", tmp_path / "tasks")
     profile = ("profile", TINY_MOE, tmp_path / "maths.jsonl", "--task", "maths", "--ctx", 128, *store)

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from edgemoe.routing_space import Space, ledoit_wolf, plane_of_means, span_of, to_points
+from sklearn.metrics.pairwise import pairwise_distances
+
+from edgemoe.routing_space import (
+    Space,
+    cosine_distances,
+    ledoit_wolf,
+    plane_of_means,
+    span_of,
+    squared_distances,
+    to_points,
+)
 
 L, N, T = 3, 8, 4
 
@@ -30,6 +40,16 @@ def test_points_of_each_metric():
     assert to_points(rows, "hellinger") == pytest.approx(np.array([[0.5, 0.75**0.5, 0, 0]]))
     assert to_points(rows, "whitened") == pytest.approx(to_points(rows, "hellinger"))
     assert to_points(rows, "l2-normalised") == pytest.approx(np.array([[1, 3, 0, 0]]) / 10**0.5)
+
+
+@pytest.mark.parametrize(("distances", "metric"), [(squared_distances, "sqeuclidean"), (cosine_distances, "cosine")])
+def test_distances_are_those_of_scikit_learn(distances, metric):
+    points, means = to_points(shares(20)[0], "l2"), to_points(shares(3, seed=7)[0], "l2")
+    points[4] = 0
+    points[5] = means[1]
+    found = distances(points, means)
+    assert found == pytest.approx(pairwise_distances(points, means, metric), abs=1e-12)
+    assert found[5, 1] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [5, 12, 60])

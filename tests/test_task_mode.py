@@ -145,7 +145,7 @@ def test_so_few_experts_that_they_were_measured_to_be_unsafe_are_refused_at_once
     opened("auto", 1400, None, measured_dear, pattern("law"))
 
 
-@settings(deadline=None, max_examples=25)  # each fits matchers, the first imports scikit-learn
+@settings(deadline=None, max_examples=25)  # each fits matchers
 @given(
     seed=st.integers(0, 50),
     sharp=st.sampled_from([0.2, 1.0, 6.0]),
