@@ -110,19 +110,33 @@ class PatternStore:
         write_pattern(pattern, path)
         return path
 
-    def remove(self, task: str) -> None:
-        """Delete a task, damaged ones too.
+    def check_new(self, task: str) -> None:
+        """Refuse the name of a task that is there: no work of hours is replaced unasked.
+
+        Raises
+        ------
+        PatternError
+            If the store has a task of that name.
+        """
+        if task in self.names():
+            raise PatternError(
+                f"task {task!r} exists already in {self.folder}; remove that one first (edgemoe tasks remove), or use"
+                " another name"
+            )
+
+    def remove(self, *tasks: str) -> None:
+        """Delete tasks, damaged ones too: all of them, or none where one is not known.
 
         Raises
         ------
         PatternError
             If there is no such task, or the folder refuses.
         """
-        path = self._existing(task)
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise PatternError(f"{path} cannot be removed: {error.strerror}; check its permissions") from None
+        for path in [self._existing(task, "nothing was removed") for task in tasks]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise PatternError(f"{path} cannot be removed: {error.strerror}; check its permissions") from None
 
     def export(self, task: str, path: Path) -> Path:
         """Write a task to a new file, for others.
@@ -164,8 +178,7 @@ class PatternStore:
         """
         pattern = read_pattern(path)
         pattern.note_for(self.model)
-        if pattern.task in self.names():
-            raise PatternError(f"{path} holds task {pattern.task!r}, which exists already; remove that one first")
+        self.check_new(pattern.task)
         self.save(pattern)
         return pattern
 
@@ -175,8 +188,9 @@ class PatternStore:
         Raises
         ------
         PatternError
-            As `pattern.merge`, or if a task is not known.
+            As `pattern.merge`, or if a task is not known or the store has one of the new name.
         """
+        self.check_new(task)
         merged = merge([self.load(name) for name in tasks], task)
         self.save(merged)
         return merged
@@ -186,11 +200,11 @@ class PatternStore:
         check_task_name(task)  # before it becomes a path
         return self.folder / f"{task}{SUFFIX}"
 
-    def _existing(self, task: str) -> Path:
+    def _existing(self, task: str, otherwise: str = "profile it first") -> Path:
         names = self.names()
         if task in names:
             return self.path(task)
         known = f"known are {', '.join(names)}" if names else "there is none yet"
         near = difflib.get_close_matches(task, names, n=1)
-        step = f"did you mean {near[0]}?" if near else "profile it first"
+        step = f"did you mean {near[0]}?" if near else otherwise
         raise PatternError(f"no task {task[:80]!a} for {self.model}, {known}; {step}")

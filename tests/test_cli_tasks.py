@@ -128,6 +128,23 @@ def test_interrupted_while_layers_are_measured(tmp_path: Path, monkeypatch: pyte
     assert result.exit_code == 130
     assert "Stopped: maths is saved, without what each layer loses" in " ".join(result.stderr.split())
     assert (tmp_path / "store" / "maths.pattern").exists() and list((tmp_path / "store" / ".maths.recorded").iterdir())
+    other = write_lines(tmp_path / "other.jsonl", GERMAN[:5])
+    refused = click.testing.CliRunner().invoke(main, [str(other if a is lines else a) for a in command])
+    assert refused.exit_code == 1 and "task 'maths' exists already" in refused.stderr
+    monkeypatch.undo()
+    assert click.testing.CliRunner().invoke(main, [str(argument) for argument in command]).exit_code == 0
+    assert not (tmp_path / "store" / ".maths.recorded").exists()
+
+
+@pytest.mark.parametrize("texts", [MATHS, GERMAN])
+def test_a_finished_task_is_not_replaced(store: Path, tmp_path: Path, texts: list[str]) -> None:
+    before = (store / "maths.pattern").read_bytes()
+    lines = write_lines(tmp_path / "texts.jsonl", texts)
+    done = edgemoe("profile", TINY_MOE, lines, "--task", "maths", "--store", store, "--ram", RAM, "--ctx", 128)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edgemoe: task 'maths' exists already in") and "edgemoe tasks remove" in line
+    assert (store / "maths.pattern").read_bytes() == before
 
 
 @pytest.mark.parametrize(

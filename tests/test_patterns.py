@@ -90,7 +90,7 @@ def test_export_and_import(store: PatternStore, tmp_path: Path) -> None:
     path = store.export("maths", tmp_path / "for a friend.pattern")
     with pytest.raises(PatternError, match="exists already; remove it"):
         store.export("maths", path)
-    with pytest.raises(PatternError, match="holds task 'maths', which exists already"):
+    with pytest.raises(PatternError, match=r"task 'maths' exists already in .*; remove that one first"):
         store.import_(path)
     other = PatternStore(tiny_model(quantization="c"), tmp_path / "other")
     assert encode(other.import_(path)) == encode(read_pattern(path)) == encode(pattern)
@@ -107,9 +107,29 @@ def test_merging_saves_the_result(store: PatternStore) -> None:
     assert [source.task for source in merged.sources] == ["maths", "law"]
     assert encode(store.load("both")) == encode(merged)
     with pytest.raises(PatternError, match="no task 'physics'"):
-        store.merge(["maths", "physics"], "both")
+        store.merge(["maths", "physics"], "all")
     with pytest.raises(PatternError, match="use all-of-it"):
         store.merge(["maths"], "All of it")
+
+
+@pytest.mark.parametrize("into", ["law", "maths"])
+def test_merging_replaces_no_task(store: PatternStore, into: str) -> None:
+    for task in ("maths", "law"):
+        store.save(tiny_pattern(task))
+    before = store.path(into).read_bytes()
+    with pytest.raises(PatternError, match=f"task '{into}' exists already in .*; remove that one first"):
+        store.merge(["maths", "law"], into)
+    assert store.path(into).read_bytes() == before
+
+
+def test_removing_takes_all_tasks_or_none(store: PatternStore) -> None:
+    for task in ("maths", "law"):
+        store.save(tiny_pattern(task))
+    with pytest.raises(PatternError, match=r"no task 'nope' .*, known are law, maths; nothing was removed"):
+        store.remove("maths", "nope")
+    assert store.names() == ("law", "maths")
+    store.remove("maths", "law", "law")
+    assert store.names() == ()
 
 
 def test_a_folder_that_refuses(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_coverage_is_that_of_the_routers_mass() -> None:
     assert rows[-1] == "mean 83% 65% 47% 23%"
 
 
+def test_without_scores_of_the_routers_mass_there_is_no_coverage() -> None:
+    made = tiny_pattern()
+    assert "soft-count" not in made.scores
+    assert task_ui.coverage_table(made) is None
+    assert "coverage" not in task_ui.pattern_document(made)
+    assert "router mass" not in printed(*task_ui.pattern_parts(made))
+    alone = printed(*task_ui.pattern_parts(replace(made, scores={"peu": made.scores["peu"]})))
+    assert "ranked by peu loss of layers" in " ".join(alone.split())
+
+
 def test_a_pattern_says_what_it_rests_on() -> None:
     """PEP-8: how many documents and tokens, the template, the model's own answers."""
     shown = printed(*task_ui.pattern_parts(with_soft_counts()))

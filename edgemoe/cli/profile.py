@@ -65,7 +65,7 @@ def command(
 
     TEXT is files and folders of JSON lines or plain text, or - for standard input. Each line of a .jsonl file is an
     object with "text", "prompt" (or "question") and "answer", or "messages"; any other file is one document. Some tens
-    of documents are enough. The same command goes on where it was stopped.
+    of documents are enough. The same command goes on where it was stopped; a task that exists is not replaced.
     """
     from edgemoe.cli import task_ui, ui
     from edgemoe.documents import read_documents
@@ -80,6 +80,8 @@ def command(
     documents = list(reader)
     index = read_index(model)
     patterns = PatternStore(fingerprint(index), store)
+    if not _goes_on(patterns, task, documents):
+        patterns.check_new(task)
     remark: Callable[[str], None] = (lambda _: None) if quiet or json else ui.note
     if reader.n_empty:
         remark(f"{reader.n_empty} empty documents were skipped.")
@@ -94,6 +96,28 @@ def command(
     else:
         ui.show(ui.out(), *task_ui.pattern_parts(pattern))
     remark(f"saved as {patterns.path(task)}")
+
+
+def _spool(patterns: PatternStore, task: str) -> Spool:
+    """Give what was recorded of a task's text; its folder is there as long as the task is not finished."""
+    from edgemoe.profiling import Spool
+
+    return Spool(patterns.folder / f".{task}.recorded")
+
+
+def _goes_on(patterns: PatternStore, task: str, documents: Sequence[Document]) -> bool:
+    """Whether the task that is there was saved by a run on this very text, which was stopped later."""
+    from edgemoe.documents import calibration_hash
+    from edgemoe.errors import PatternError
+
+    if not _spool(patterns, task).folder.exists():
+        return False
+    try:
+        known = patterns.load(task)
+    except PatternError:
+        return False
+    texts = [source.calibration_hash for source in known.sources]
+    return known.fingerprint == patterns.model and texts == [calibration_hash(documents)]
 
 
 def _reserved(index: ExpertIndex, ctx: int, with_curves: bool) -> tuple[PlanLine, ...]:
@@ -139,7 +163,7 @@ def _profile(
         remark(f"Documents longer than {llama.n_ctx()} tokens were cut: {len(pieces)} pieces.")
     if n_answer and not any(piece.n_answer for piece in pieces):
         remark("No document leaves room for an answer, or all of them have one: the model's own are not profiled.")
-    spool = profiling.Spool(patterns.folder / f".{task}.recorded")
+    spool = _spool(patterns, task)
     _record(llama, pieces, spool, steps, remark)
     source = Source(
         task,

@@ -15,7 +15,7 @@ from rich.table import Table
 from edgemoe.cli.ui import err, facts
 from edgemoe.memory import format_bytes
 from edgemoe.quality import expected_cost
-from edgemoe.score import coverage
+from edgemoe.score import Doubles, coverage
 
 if TYPE_CHECKING:
     from edgemoe.matcher import Match
@@ -72,38 +72,47 @@ def pattern_parts(pattern: Pattern) -> Iterator[RenderableType]:
         + (", with the model's answers" if s.answers else "")
         for s in pattern.sources
     )
+    others = sorted(set(pattern.scores) - {pattern.criterion})
     yield facts(
         [
             ("task", pattern.task),
             ("model", str(pattern.fingerprint)),
             ("quantization", pattern.fingerprint.quantization_name),
             ("text", source),
-            (
-                "ranked by",
-                f"{pattern.criterion}; also scored: {', '.join(sorted(set(pattern.scores) - {pattern.criterion}))}",
-            ),
+            ("ranked by", pattern.criterion + (f"; also scored: {', '.join(others)}" if others else "")),
             ("loss of layers", "measured" if pattern.sensitivity is not None else "not measured"),
             ("quality", f"{len(pattern.quality)} figures" if pattern.quality else "not measured; see edgemoe evaluate"),
         ]
     )
-    yield coverage_table(pattern)
+    table = coverage_table(pattern)
+    if table is not None:
+        yield table
 
 
-def coverage_table(pattern: Pattern) -> Table:
-    """Share of the routed mass that the first experts of each layer hold."""
-    counts = sorted({max(1, round(share * pattern.n_expert)) for share in COVERAGE_SHARES}, reverse=True)
+def coverage_table(pattern: Pattern) -> Table | None:
+    """Share of the routed mass that the best experts of each layer hold; None where it is not known."""
+    held = _coverage(pattern)
+    if held is None:
+        return None
     table = Table(
         box=None, padding=(0, 2, 0, 0), title="share of router mass held by the best experts", title_justify="left"
     )
     table.add_column("layer", justify="right")
-    for count in counts:
+    for count in held:
         table.add_column(f"{count} of {pattern.n_expert}", justify="right")
-    mass = pattern.scores["soft-count"]
-    held = [coverage(mass, count) for count in counts]
     for row, layer in enumerate(pattern.layers):
-        table.add_row(str(layer), *(f"{column[row]:.0%}" for column in held))
-    table.add_row("mean", *(f"{column.mean():.0%}" for column in held), style="bold")
+        table.add_row(str(layer), *(f"{column[row]:.0%}" for column in held.values()))
+    table.add_row("mean", *(f"{column.mean():.0%}" for column in held.values()), style="bold")
     return table
+
+
+def _coverage(pattern: Pattern) -> dict[int, Doubles] | None:
+    """Share of each layer's router mass [L] that so many experts hold, most first; None without scores of that mass."""
+    mass = pattern.scores.get("soft-count")  # merging leaves out what only one of the tasks has
+    if mass is None:
+        return None
+    counts = {max(1, round(share * pattern.n_expert)) for share in COVERAGE_SHARES}
+    return {count: coverage(mass, count) for count in sorted(counts, reverse=True)}
 
 
 def task_table(patterns: Sequence[Pattern]) -> Table:
@@ -184,9 +193,9 @@ def match_document(match: Match) -> dict[str, Any]:
 
 
 def pattern_document(pattern: Pattern) -> dict[str, Any]:
-    """Give a pattern's facts as JSON types."""
-    mass = pattern.scores["soft-count"]
-    return {
+    """Give a pattern's facts as JSON types; coverage is left out where it is not known."""
+    held = _coverage(pattern)
+    document: dict[str, Any] = {
         "task": pattern.task,
         "model": pattern.fingerprint.name,
         "architecture": pattern.fingerprint.architecture,
@@ -196,10 +205,9 @@ def pattern_document(pattern: Pattern) -> dict[str, Any]:
         "criterion": pattern.criterion,
         "criteria": sorted(pattern.scores),
         "sources": [asdict(source) for source in pattern.sources],
-        "coverage": {
-            str(n): coverage(mass, n).round(4).tolist()
-            for n in sorted({max(1, round(share * pattern.n_expert)) for share in COVERAGE_SHARES})
-        },
         "has_curves": pattern.sensitivity is not None,
         "quality": [asdict(row) for row in pattern.quality],
     }
+    if held is not None:
+        document["coverage"] = {str(count): shares.round(4).tolist() for count, shares in held.items()}
+    return document

@@ -93,9 +93,8 @@ def remove(model: Path, tasks: tuple[str, ...], store: Path | None) -> None:
     """Delete TASKS."""
     from edgemoe.cli import ui
 
-    patterns = _store(model, store)
+    _store(model, store).remove(*tasks)
     for task in tasks:
-        patterns.remove(task)
         ui.note(f"{task} is removed.")
 
 
