@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -171,7 +172,9 @@ def run_bench(
     if workload.routes is None and {"auto", "task"} & set(arms):
         raise TraceError(f"{model} does not show its routes, which auto and task need; give --arms mmap,plain,all")
     settings = replace(settings, n_expert_used=workload.routes.n_used if workload.forced and workload.routes else None)
-    cells = [_cell(text, ram, index, settings) for text, ram in zip(budgets, wanted, strict=True)]
+    whole = ask_plan(settings)
+    cells = [_cell(text, ram, index, settings, whole) for text, ram in zip(budgets, wanted, strict=True)]
+    about = describe(model)  # nothing that may fail is left for when hours of measurements are done
     with tempfile.TemporaryDirectory(prefix="edgemoe-bench-") as scratch:
         results = [_measure(cell, workload, arms, rounds, Path(scratch), say) for cell in cells]
     name, routes = NATURAL, workload.routes
@@ -181,9 +184,7 @@ def run_bench(
         if n_decode >= MEASURED:
             found = statistics(routes, MEASURED)
             measured, departed = dict(found.shares()), departures(routes, found)
-    return BenchResult(
-        describe(model), name, workload.forced, n_prompt, n_decode, rounds, recall, measured, departed, results
-    )
+    return BenchResult(about, name, workload.forced, n_prompt, n_decode, rounds, recall, measured, departed, results)
 
 
 def budget_of(text: str, index: ExpertIndex) -> int | None:
@@ -199,28 +200,36 @@ def budget_of(text: str, index: ExpertIndex) -> int | None:
     ratio = _RATIO.fullmatch(text)
     if ratio is None:
         return parse_budget(text).bytes
-    if not float(ratio[1]):
+    ram = index.file_bytes / float(ratio[1]) if float(ratio[1]) else math.inf
+    if not 1 <= ram < math.inf:
         raise BudgetError(f"--ram {text} is no ratio of the model's size to the memory; give 2x, 4x or 8x")
-    return round(index.file_bytes / float(ratio[1]))
+    return round(ram)
 
 
-def _cell(label: str, ram: int | None, index: ExpertIndex, settings: Settings) -> Cell:
-    """Ask for the plan of one budget.
+def _cell(label: str, ram: int | None, index: ExpertIndex, settings: Settings, whole: dict[str, int]) -> Cell:
+    """Ask for the plan of one budget; `whole` is the one of everything.
 
     Raises
     ------
-    ArmError
+    BudgetError
         When the budget is too small, with the one that would do.
+    ArmError
+        When there is no plan for another reason.
     """
-    plan = ask_plan(replace(settings, ram=ram))
-    whole = ram is None
-    ram = plan["everything"] if ram is None else ram
+    if ram is not None and ram < whole["floor"]:
+        raise BudgetError(
+            f"--ram {label} ({format_bytes(ram)}) is too small for {index.path.name} with a prompt and tokens of"
+            f" {settings.n_ctx} together; give --ram {math.ceil(whole['floor'] / 2**20)}MiB, or fewer of --prompt and"
+            " --tokens",
+            needed=whole["floor"],
+        )
+    plan = whole if ram is None else ask_plan(replace(settings, ram=ram))
     return Cell(
         label=label,
         index=index,
-        settings=replace(settings, ram=ram, n_ubatch=plan["n_ubatch"]),
+        settings=replace(settings, ram=plan["everything"] if ram is None else ram, n_ubatch=plan["n_ubatch"]),
         # Where everything fits, the cgroup only counts; llama.cpp may need more than edgemoe.
-        limit=machine().total if whole else ram,
+        limit=machine().total if ram is None else ram,
         arena_bytes=plan["arena"],
         everything=plan["everything"],
     )

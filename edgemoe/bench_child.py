@@ -1,6 +1,7 @@
 """The child's end of an arm: opens a model with edgemoe or plain llama.cpp, then serves requests.
 
-Run by `edgemoe.bench_arm` as ``python -m edgemoe.bench_child edgemoe|llama.cpp|plan SETTINGS``.
+Run by `edgemoe.bench_arm` as ``python -m edgemoe.bench_child edgemoe|llama.cpp|plan SETTINGS``, or as
+``... text SETTINGS N_TOKENS FILE``; the last two answer once and end.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def _plan(settings: Settings) -> dict[str, int]:
     huge = plan_for(index, _HUGE, settings.n_ctx, settings.n_ubatch, {})
     planned = huge.budget.bytes - huge.bytes_of("headroom") - huge.bytes_of("left free")
     everything = planned + headroom_of(2 * planned)
-    plan = plan_for(index, settings.ram or everything, settings.n_ctx, settings.n_ubatch, {})
+    plan = plan_for(index, everything if settings.ram is None else settings.ram, settings.n_ctx, settings.n_ubatch, {})
     return {
         "floor": plan.floor_budget,
         "everything": everything,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import mmap
@@ -66,10 +67,14 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """Give the commit of this clone, or the version that is installed, maybe below somebody else's clone."""
-    if not (REPOSITORY / ".git").exists():
-        return importlib.metadata.version("edgemoe")
-    return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    """Give the commit of this clone, or the version that is installed, maybe below somebody else's clone.
+
+    So too where git is not there, or refuses to answer: it does in a clone that another user owns.
+    """
+    if (REPOSITORY / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    return importlib.metadata.version("edgemoe")
 
 
 def _git(*arguments: str) -> str:

@@ -44,9 +44,11 @@ class MemoryCgroup:
 
     def times_full(self) -> int:
         """How often the limit was reached and the kernel had to reclaim something."""
-        if (self.directory / "memory.failcnt").exists():
-            return int((self.directory / "memory.failcnt").read_text())
-        return self._event("memory.events", "max")
+        if not (self.directory / "memory.failcnt").exists():
+            return self._event("memory.events", "max")
+        # Of memory, and of memory and swap together, which is asked first.
+        files = [self.directory / name for name in ("memory.failcnt", "memory.memsw.failcnt")]
+        return sum(int(file.read_text()) for file in files if file.exists())
 
     def killed(self) -> int:
         """How many processes the kernel killed because nothing could be reclaimed."""
@@ -83,10 +85,14 @@ def memory_cgroup(limit: int) -> Iterator[MemoryCgroup]:
         try:
             if version_1.is_dir():
                 (directory / "memory.limit_in_bytes").write_text(str(limit))
+                # Of memory and swap together: not to swap is a wish, which the kernel may not grant below the limit.
+                no_swap = {"memory.swappiness": 0, "memory.memsw.limit_in_bytes": limit}
             else:
                 (directory / "memory.max").write_text(str(limit))
-                with contextlib.suppress(OSError):  # absent where the kernel has no swap
-                    (directory / "memory.swap.max").write_text("0")
+                no_swap = {"memory.swap.max": 0}
+            for file, value in no_swap.items():
+                with contextlib.suppress(OSError):  # absent where the kernel has no swap, or does not count it
+                    (directory / file).write_text(str(value))
             # Fails without memory.peak, which is what all this is for (Linux 5.19).
             group = MemoryCgroup(directory, limit)
             group.peak()

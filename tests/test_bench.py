@@ -27,7 +27,9 @@ def test_budgets() -> None:
     assert budget_of("2x", index) == round(index.file_bytes / 2)
     assert budget_of("0.25x", index) == 4 * index.file_bytes
     assert budget_of("96MiB", index) == 96 * MIB
-    for nonsense in ("0x", "x", "-2x", "lots", "2 x"):
+    assert budget_of(f"{index.file_bytes}x", index) == 1
+    nothing = ("1000000000x", f"{index.file_bytes + 1}x", f"0.{'0' * 323}5x", f"1{'0' * 400}x")
+    for nonsense in ("0x", "x", "-2x", "lots", "2 x", *nothing):
         with pytest.raises(BudgetError, match=r"2x|6GiB"):
             budget_of(nonsense, index)
 
@@ -57,7 +59,7 @@ class Stage:
 
         def ask_plan(settings: Settings) -> dict[str, int]:
             small = settings.ram == round(index.file_bytes / 8)
-            return {"floor": 1, "everything": 200 * MIB, "arena": 8 * MIB, "n_ubatch": 16 if small else 32}
+            return {"floor": 3 * MIB, "everything": 200 * MIB, "arena": 8 * MIB, "n_ubatch": 16 if small else 32}
 
         for name, made_up in (("run_arm", run_arm), ("resident_run", resident_run), ("ask_plan", ask_plan)):
             monkeypatch.setattr(bench, name, made_up)
@@ -124,6 +126,27 @@ def test_a_machine_that_does_not_hold_it_is_not_asked_to(stage: Stage, monkeypat
 def test_without_a_disk_s_speed_there_is_no_roofline(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "disk_bandwidth", lambda _: None)
     assert stage.run(("4x",), ("all",)).cells[0].roofline is None
+
+
+def test_a_budget_that_is_too_small_is_refused_as_it_was_given(stage: Stage) -> None:
+    with pytest.raises(BudgetError) as refused:
+        stage.run(("fits", "16x"), ("all",))
+    found = str(refused.value)
+    assert found.startswith("--ram 16x (1.95 MiB) is too small for tiny-moe-q4_k_m.gguf with a prompt and tokens of 48")
+    assert found.endswith("; give --ram 3MiB, or fewer of --prompt and --tokens") and "--ctx" not in found
+    assert not stage.order
+
+
+def test_what_cannot_be_described_is_known_before_the_first_round(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: Path) -> dict[str, object]:
+        raise OSError("no such machine")
+
+    monkeypatch.setattr(bench, "describe", fails)
+    with pytest.raises(OSError, match="no such machine"):
+        stage.run(("2x",), ("all",))
+    assert not stage.order
 
 
 def test_what_a_cell_says_of_itself(stage: Stage) -> None:

@@ -33,6 +33,17 @@ def test_an_installed_package_has_a_version(monkeypatch: pytest.MonkeyPatch, tmp
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", describe(TINY_MOE)["commit"])
 
 
+def test_a_clone_that_another_user_owns_has_a_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()  # git refuses somebody else's clone as it does what is none
+    monkeypatch.setattr(bench_machine, "REPOSITORY", tmp_path)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", describe(TINY_MOE)["commit"])
+
+
+def test_a_machine_without_git_has_a_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", describe(TINY_MOE)["commit"])
+
+
 def test_a_disk_that_cannot_be_measured() -> None:
     assert disk_bandwidth(Path("/proc/self/status")) is None
 
