@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_SWAP_BYTES = 1 << 20  # more than a processor charges at once
 
 
 class CgroupUnavailableError(OSError):
@@ -44,11 +45,9 @@ class MemoryCgroup:
 
     def times_full(self) -> int:
         """How often the limit was reached and the kernel had to reclaim something."""
-        if not (self.directory / "memory.failcnt").exists():
-            return self._event("memory.events", "max")
-        # Of memory, and of memory and swap together, which is asked first.
-        files = [self.directory / name for name in ("memory.failcnt", "memory.memsw.failcnt")]
-        return sum(int(file.read_text()) for file in files if file.exists())
+        if (self.directory / "memory.failcnt").exists():
+            return int((self.directory / "memory.failcnt").read_text())
+        return self._event("memory.events", "max")
 
     def killed(self) -> int:
         """How many processes the kernel killed because nothing could be reclaimed."""
@@ -85,8 +84,8 @@ def memory_cgroup(limit: int) -> Iterator[MemoryCgroup]:
         try:
             if version_1.is_dir():
                 (directory / "memory.limit_in_bytes").write_text(str(limit))
-                # Of memory and swap together: not to swap is a wish, which the kernel may not grant below the limit.
-                no_swap = {"memory.swappiness": 0, "memory.memsw.limit_in_bytes": limit}
+                # memsw is memory and swap together. Its limit is a little higher, as only the other one's is counted.
+                no_swap = {"memory.swappiness": 0, "memory.memsw.limit_in_bytes": limit + _SWAP_BYTES}
             else:
                 (directory / "memory.max").write_text(str(limit))
                 no_swap = {"memory.swap.max": 0}

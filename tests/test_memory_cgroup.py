@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_killed(group: MemoryCgroup) -> None:
 
 
 def test_there_is_no_swap(group: MemoryCgroup) -> None:
-    limits = {"memory.swappiness": 0, "memory.memsw.limit_in_bytes": 64 * MIB, "memory.swap.max": 0}
+    limits = {"memory.swappiness": 0, "memory.memsw.limit_in_bytes": 65 * MIB, "memory.swap.max": 0}
     there = [name for name in limits if (group.directory / name).exists()]
     assert [int((group.directory / name).read_text()) for name in there] == [limits[name] for name in there]
 
