@@ -26,7 +26,8 @@ class Eviction {
     // These experts of the layer, and no others of it, belong to the active task.
     virtual void prefer(int layer, const std::vector<int32_t>& experts) = 0;
 
-    // Starts a series of victims for what this layer needs, during which nothing above is called but `remove`.
+    // Starts a series of victims for what this layer needs, during which nothing above is called but `remove` and
+    // `admit`.
     virtual void seek(int layer) = 0;
     virtual int32_t next_victim() = 0;  // kNone at the end
 };

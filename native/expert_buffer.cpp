@@ -76,7 +76,7 @@ int ExpertBuffer::init_tensor(ggml::Buffer* buffer, ggml::Tensor* tensor) {
 }
 
 void ExpertBuffer::adopt(ggml::Tensor* tensor) {
-    if (stop_) {
+    if (stop_ && !loaded_) {
         throw SystemError("loading was interrupted");
     }
     const auto found = by_name_.find(tensor->name);
@@ -108,6 +108,7 @@ void ExpertBuffer::restore_names() {
         tensor->name[0] = store_.tensor(id).name[0];
     }
     renamed_.clear();
+    loaded_ = true;
 }
 
 }  // namespace edgemoe

@@ -72,6 +72,7 @@ class ExpertBuffer {
     std::unordered_map<std::string, const ggml::Tensor*> dense_;
     std::vector<std::pair<ggml::Tensor*, int>> renamed_;
     std::atomic<bool> stop_{false};
+    bool loaded_ = false;  // what is stopped from now on is a computation
     std::string failure_;
 };
 

@@ -15,6 +15,9 @@ void ForcedRoutes::set(std::vector<int> layers, std::vector<int32_t> ids, int64_
         throw SystemError("routes to force are [tokens, layers, experts of a token], but these have " +
                           std::to_string(ids.size()) + " numbers for " + std::to_string(n_columns) + " layers");
     }
+    if (std::any_of(layers.begin(), layers.end(), [](int layer) { return layer < 0; })) {
+        throw SystemError("routes were to be forced in a layer with a negative number");
+    }
     column_.clear();
     for (size_t i = 0; i < layers.size(); ++i) {
         column_.resize(std::max(column_.size(), static_cast<size_t>(layers[i]) + 1), -1);
@@ -59,7 +62,7 @@ void ForcedRoutes::apply(int layer, ggml::Tensor* top_k) {
 
 std::vector<int32_t> ForcedRoutes::predicted(int layer, int64_t n_tokens) const {
     std::vector<int32_t> ids;
-    if (predictions_.empty() || !forces(layer)) {
+    if (predictions_.empty() || !forces(layer) || n_tokens > batch_end_) {
         return ids;
     }
     for (int64_t token = batch_end_ - n_tokens; token < batch_end_; ++token) {

@@ -6,6 +6,8 @@
 #include <numeric>
 #include <string>
 
+#include "float_rows.h"
+
 namespace edgemoe {
 
 namespace {
@@ -13,7 +15,7 @@ namespace {
 constexpr double kMemory = 256;      // guesses that trust is the mean of
 constexpr double kEnough = 16;       // guesses before which there is no mistrust
 constexpr double kWorthwhile = 0.5;  // a read that comes true saves waiting, a wrong one costs the disk's time
-constexpr int64_t kSample = 32;      // tokens of a batch that are asked about
+constexpr int64_t kSample = 32;      // tokens of a batch that are asked about, at most
 constexpr int kF32 = 0;              // GGML_TYPE_F32
 constexpr int kDeepest = 12;         // nodes between a router and its selected ids
 
@@ -28,25 +30,6 @@ const ggml::Tensor* find_router(const ggml::Tensor* node, const std::string& wei
         node = node->src[0] != nullptr ? node->src[0] : node->view_src;
     }
     return nullptr;
-}
-
-const float* row_of(const ggml::Tensor* tensor, int64_t row) {
-    return reinterpret_cast<const float*>(static_cast<const char*>(tensor->data) +
-                                          static_cast<size_t>(row) * tensor->nb[1]);
-}
-
-float dot(const float* a, const float* b, int64_t n) {
-    float sums[8] = {};  // separate, so that the compiler may add them at once
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (int j = 0; j < 8; ++j) {
-            sums[j] += a[i + j] * b[i + j];
-        }
-    }
-    for (; i < n; ++i) {
-        sums[0] += a[i] * b[i];
-    }
-    return std::accumulate(std::begin(sums), std::end(sums), 0.0F);
 }
 
 }  // namespace
@@ -86,7 +69,7 @@ std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, in
     }
     std::vector<float> state(static_cast<size_t>(n_embd)), scores(static_cast<size_t>(n_expert));
     std::vector<int32_t> order(static_cast<size_t>(n_expert)), rows;
-    const int64_t step = std::max<int64_t>(1, n_tokens / kSample);
+    const int64_t step = (n_tokens + kSample - 1) / kSample;
     for (int64_t back = 1; back <= n_tokens; back += step) {
         const int64_t token = input->ne[1] - back;
         const float* given = row_of(input, token);

@@ -23,6 +23,14 @@
 #include <mutex>
 #include <utility>
 
+// The kernel that runs it counts, and says itself what it does not know, not the headers that it was built with.
+#if defined(__linux__) && !defined(MREMAP_DONTUNMAP)
+#define MREMAP_DONTUNMAP 4
+#endif
+#if defined(__linux__) && !defined(MADV_POPULATE_READ)
+#define MADV_POPULATE_READ 22
+#endif
+
 static_assert(sizeof(off_t) == 8 && sizeof(void*) == 8, "models need 64-bit file offsets and addresses");
 
 namespace edgemoe {

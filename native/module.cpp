@@ -89,6 +89,13 @@ struct Session {
         hook = std::make_unique<edgemoe::RouterHook>(store, *buffer, api);
     }
 
+    Session& attached() {
+        if (!hook) {
+            throw std::runtime_error("the session is not attached to llama.cpp");
+        }
+        return *this;
+    }
+
     edgemoe::ggml::Api api{};
     edgemoe::ExpertStore store;
     std::unique_ptr<edgemoe::ExpertBuffer> buffer;
@@ -107,6 +114,8 @@ struct Session {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // A thread that still runs when the program ends keeps its objects; the system takes them.
+    nb::set_leak_warnings(false);
     nb::class_<edgemoe::StoreStats>(m, "Stats")
         .def_ro("hits", &edgemoe::StoreStats::hits)
         .def_ro("misses", &edgemoe::StoreStats::misses)
@@ -149,14 +158,15 @@ NB_MODULE(_native, m) {
             "name"_a, "file"_a, "offset"_a, "n_bytes"_a, "layer"_a = -1, "n_expert"_a = 0, "row_bytes"_a = 0,
             "most_bytes"_a = 0)
         .def("attach", &Session::attach, "symbols"_a)
-        .def("buffer_type", [](Session& s) { return reinterpret_cast<uintptr_t>(s.buffer->type()); })
-        .def("restore_names", [](Session& s) { s.buffer->restore_names(); })
-        .def("load_failure", [](Session& s) { return s.buffer->failure(); })
+        .def("buffer_type", [](Session& s) { return reinterpret_cast<uintptr_t>(s.attached().buffer->type()); })
+        .def("restore_names", [](Session& s) { s.attached().buffer->restore_names(); })
+        .def("load_failure", [](Session& s) { return s.buffer ? s.buffer->failure() : ""; })
         .def("eval_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_node); })
         .def("abort_callback", [](Session&) { return reinterpret_cast<uintptr_t>(&edgemoe::RouterHook::on_abort); })
-        .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.hook.get()); })
+        .def("callback_data", [](Session& s) { return reinterpret_cast<uintptr_t>(s.attached().hook.get()); })
         .def(
-            "begin", [](Session& s, int64_t position, int64_t n_tokens) { s.hook->begin(position, n_tokens); },
+            "begin",
+            [](Session& s, int64_t position, int64_t n_tokens) { s.attached().hook->begin(position, n_tokens); },
             "position"_a, "n_tokens"_a)
         .def("interrupt", &Session::interrupt)
         .def("watch_interrupts",
@@ -165,10 +175,11 @@ NB_MODULE(_native, m) {
                      [](void* session) { static_cast<Session*>(session)->interrupt(); }, &s);
              })
         .def("ignore_interrupts", [](Session& s) { s.watch.reset(); })
-        .def("interrupted", [](Session& s) { return s.hook->interrupted(); })
-        .def("take_failure", [](Session& s) { return s.hook->take_failure(); })
+        .def("interrupted", [](Session& s) { return s.attached().hook->interrupted(); })
+        .def("take_failure", [](Session& s) { return s.attached().hook->take_failure(); })
         .def(
-            "keep", [](Session& s, int layer, const std::vector<int32_t>& experts) { s.hook->keep(layer, experts); },
+            "keep",
+            [](Session& s, int layer, const std::vector<int32_t>& experts) { s.attached().hook->keep(layer, experts); },
             "layer"_a, "experts"_a)
         .def(
             "warm", [](Session& s, int layer, const std::vector<int32_t>& experts) { s.store.warm(layer, experts); },
@@ -184,22 +195,22 @@ NB_MODULE(_native, m) {
                 for (const int layer : layers) {
                     static_cast<void>(s.store.n_expert(layer));  // throws
                 }
-                s.hook->routes().set(std::move(layers), as_vector(ids), n_used(ids));
+                s.attached().hook->routes().set(std::move(layers), as_vector(ids), n_used(ids));
             },
             "layers"_a, "ids"_a)
         .def(
-            "force_predictions", [](Session& s, const Ids& ids) { s.hook->routes().set_predictions(as_vector(ids)); },
-            "ids"_a)
+            "force_predictions",
+            [](Session& s, const Ids& ids) { s.attached().hook->routes().set_predictions(as_vector(ids)); }, "ids"_a)
         .def(
             "watch_routers",
-            [](Session& s, const std::vector<int>& layers, bool outputs) { s.hook->watch(layers, outputs); },
+            [](Session& s, const std::vector<int>& layers, bool outputs) { s.attached().hook->watch(layers, outputs); },
             "layers"_a, "outputs"_a = false)
         .def(
-            "cut_after", [](Session& s, int layer) { s.hook->cut_after(layer); }, "layer"_a)
+            "cut_after", [](Session& s, int layer) { s.attached().hook->cut_after(layer); }, "layer"_a)
         .def(
             "take_trace",
             [](Session& s, int layer) {
-                edgemoe::LayerTrace trace = s.hook->take_trace(layer);
+                edgemoe::LayerTrace trace = s.attached().hook->take_trace(layer);
                 return nb::make_tuple(
                     as_array(std::move(trace.logits), trace.n_expert), as_array(std::move(trace.ids), trace.n_used),
                     as_array(std::move(trace.weights), trace.n_used), as_array(std::move(trace.norms), trace.n_used),
@@ -207,7 +218,10 @@ NB_MODULE(_native, m) {
             },
             "layer"_a)
         .def(
-            "skip", [](Session& s, double mass, uint64_t cache_bytes) { s.hook->skipping().bound(mass, cache_bytes); },
+            "skip",
+            [](Session& s, double mass, uint64_t cache_bytes) {
+                s.attached().hook->skipping().bound(mass, cache_bytes);
+            },
             "mass"_a, "cache_bytes"_a)
         .def("skip_counts", [](Session& s) { return s.hook ? s.hook->skipping().counts() : edgemoe::SkipCounts{}; })
         .def("staged_layers", [](Session& s) { return s.hook ? s.hook->staged_layers() : 0; })

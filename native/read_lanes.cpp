@@ -21,8 +21,10 @@ size_t read_one(const ReadJob& job, std::byte* edges) {
         return job.file->read_direct(job.offset, job.to, job.n, edges);
     }
     job.file->read(job.offset, job.to, job.n);
-    // The budget is total: what was copied must not stay in the page cache a second time.
-    job.file->forget(job.offset, job.n);
+    // The budget is total: what was copied must not stay in the page cache a second time. The kernel forgets whole
+    // pages only.
+    const uint64_t first = page_floor(job.offset);
+    job.file->forget(first, page_ceil(job.offset + job.n) - first);
     return job.n;
 }
 

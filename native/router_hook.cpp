@@ -1,5 +1,6 @@
 #include "router_hook.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -111,7 +112,7 @@ bool RouterHook::wants(const ggml::Tensor* node, Node is) const {
         case NodeKind::top_k:
             if (!limited && !skipping_.on() && !trace_.watches_outputs(is.layer) && is.layer != cut_layer_ &&
                 !routes_.forces(is.layer) && store_.settled(is.layer)) {
-                store_.count_hits(static_cast<uint64_t>(node->ne[0] * node->ne[1] * store_.n_parts(is.layer)));
+                count_hits(is.layer, node);
                 return false;
             }
             return true;
@@ -199,7 +200,7 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     arriving_ = 0;
     const int n_parts = store_.n_parts(layer);
     if (store_.settled(layer)) {
-        store_.count_hits(ids_.size() * static_cast<uint64_t>(n_parts));
+        count_hits(layer, top_k);
         return true;
     }
     store_.routed(layer, top_k->ne[1], ids_);
@@ -226,6 +227,13 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     }
     store_.wait(all_parts & ~arriving_);
     return true;
+}
+
+// Where nothing has to be asked for. A request counts distinct experts, of which a batch can have no more than there
+// are.
+void RouterHook::count_hits(int layer, const ggml::Tensor* top_k) const {
+    const int64_t n_experts = std::min<int64_t>(top_k->ne[0] * top_k->ne[1], store_.n_expert(layer));
+    store_.count_hits(static_cast<uint64_t>(n_experts * store_.n_parts(layer)));
 }
 
 // Where all experts fit and a long batch computes: the disk has time for the rest of the layer, and whatever token

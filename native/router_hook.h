@@ -60,6 +60,7 @@ class RouterHook {
     bool wants(const ggml::Tensor* node, Node is) const;
     bool select(int layer, ggml::Tensor* top_k);
     bool serve(int layer, const ggml::Tensor* top_k);
+    void count_hits(int layer, const ggml::Tensor* top_k) const;
     void complete(int layer, int64_t n_tokens);
     void look_ahead(int layer, const ggml::Tensor* top_k);
     void read_table(const ggml::Tensor* node);

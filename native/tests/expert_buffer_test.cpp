@@ -225,3 +225,13 @@ TEST(memory_is_there_until_nothing_is_read_into_it) {
     other.join();
     CHECK(waited);
 }
+
+TEST(what_is_stopped_after_the_load_is_no_load) {
+    const TinyModel model = small_model();
+    Described described(model, Io::pread);
+    LoadedModel loaded(model, *described.buffer);
+    described.buffer->restore_names();
+    described.buffer->interrupt();  // an answer
+    LoadedModel adapter({make_tensor(fake_ggml::kF32, "blk.0.part0.lora_a", {16, 4, 2})}, *described.buffer);
+    CHECK_EQUAL(adapter.status, edgemoe::ggml::kStatusSuccess);
+}

@@ -221,3 +221,11 @@ TEST(forcer_of_a_plain_context) {
     forcer.force({}, {}, 0);
     CHECK(!RouteForcer::on_node(&first.top_k, true, &forcer));
 }
+
+TEST(predictions_for_layers_before_the_first_forced_one_are_none) {
+    edgemoe::ForcedRoutes routes;
+    routes.set({2, 0}, {1, 2, 3, 4}, 2);
+    routes.set_predictions({5, 6, 7, 8});
+    CHECK(routes.predicted(0, 1).empty());  // no token has begun
+    CHECK_REFUSED(routes.set({0, -1}, {1, 2}, 1), "negative");
+}

@@ -314,3 +314,16 @@ TEST(mapping_lost_after_the_last_read_is_told) {
     CHECK(running.hook->take_failure().find("was changed while in use") != std::string::npos);
     model.files.front()->restore();
 }
+
+TEST(batch_has_no_more_hits_than_experts) {
+    const TinyModel model = moe_model(777);
+    Running running(model, Io::pread, kPlenty);
+    running.store->acquire(0, 7, {0, 1, 2, 3, 4, 5, 6, 7});
+    CHECK(running.store->settled(0));
+    const uint64_t before = running.store->stats().hits;
+    Graph graph;
+    running.add_layer(graph, 0, std::vector<std::vector<int32_t>>(100, {3, 4, 5}));
+    running.hook->begin();
+    CHECK(graph.run(*running.hook));
+    CHECK_EQUAL(running.store->stats().hits, before + kExperts * 3U);
+}
