@@ -6,7 +6,8 @@ in any order. Until it is finished, the partial file ends in a note of what it i
     header | tensor data | SHA-256 of the plan (32 bytes) | 1 byte for each tensor, 1 when it is complete
 
 The plan is the header and the state of the source files. A partial file of the very same plan is taken up again; any
-other one is begun anew. Tensors are noted as complete only once their data has reached the disk.
+other one is begun anew. Tensors are noted as complete only once their data has reached the disk, every now and then while
+more of them are written: a process that is killed, or a machine that loses power, loses the last moments' work.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +33,10 @@ from edgemoe.memory import format_bytes
 __all__ = ["GgufFile", "Metadata", "TensorInfo", "Value"]
 
 _DIGEST_BYTES = 32
-# Data goes to the disk in portions: what a crash can lose, and what the kernel holds back at most.
+# Data goes to the disk in portions: what a crash can lose, and what the kernel holds back at most. Shorter ones would
+# mostly wait for the disk's acknowledgement.
 _SYNC_BYTES = 256 << 20
+_SYNC_SECONDS = 0.5
 
 Bytes = bytes | bytearray | memoryview
 
@@ -76,6 +80,7 @@ class GgufFile:
         self._done: set[str] = set()
         self._unsynced: list[str] = []
         self._unsynced_bytes = 0
+        self._synced_at = time.monotonic()
         self._fd = -1
         plan = self._plan(sources)
         self._check_target(sources)
@@ -253,7 +258,7 @@ class GgufFile:
         self._done.add(name)
         self._unsynced.append(name)
         self._unsynced_bytes += n_bytes
-        if self._unsynced_bytes >= _SYNC_BYTES:
+        if self._unsynced_bytes >= _SYNC_BYTES or time.monotonic() - self._synced_at >= _SYNC_SECONDS:
             with self._errors():
                 self._sync()
 
@@ -262,7 +267,7 @@ class GgufFile:
         os.fdatasync(self._fd)
         for name in self._unsynced:
             self._put(b"\1", self.file_size + _DIGEST_BYTES + self._numbers[name])
-        self._unsynced, self._unsynced_bytes = [], 0
+        self._unsynced, self._unsynced_bytes, self._synced_at = [], 0, time.monotonic()
 
     def _put(self, data: bytes, offset: int) -> None:
         left = memoryview(data)

@@ -8,6 +8,7 @@ import os
 import shutil
 import string
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -199,13 +200,55 @@ def never() -> object:
 
 def test_a_process_that_was_killed_loses_what_the_disk_did_not_have(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    with mock.patch.object(gguf_file, "_SYNC_BYTES", TENSORS[1].n_bytes):
+    with mock.patch.multiple(gguf_file, _SYNC_BYTES=TENSORS[1].n_bytes, _SYNC_SECONDS=float("inf")):
         killed = GgufFile(path, METADATA, TENSORS)
         for info in TENSORS[:3]:
             killed.write(info.name, [data_of(info)])
         os.close(killed._fd)  # as a kill does: nothing more is written
         with GgufFile(path, METADATA, TENSORS) as file:
             assert file.done == {"a", "b"}, "c waits for the next portion"
+
+
+WRITES_SLOWLY = """
+import sys, time
+sys.path.append(sys.argv[1])
+from pathlib import Path
+from test_gguf_file import METADATA, TENSORS, data_of
+from edgemoe.converters.gguf_file import GgufFile
+
+def late(data):
+    time.sleep(0.6)
+    yield data
+
+with GgufFile(Path(sys.argv[2]), METADATA, TENSORS) as file:
+    for info in TENSORS[:2]:
+        file.write(info.name, late(data_of(info)))
+    print("two are written", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_was_killed_has_noted_what_it_finished(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    command = [sys.executable, "-c", WRITES_SLOWLY, str(Path(__file__).parent), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline() == "two are written\n"
+        running.kill()
+    with GgufFile(path, METADATA, TENSORS) as file:
+        assert file.done == {"a", "b"}
+
+
+def test_nothing_is_noted_that_the_disk_did_not_take(tmp_path: Path) -> None:
+    refuses = mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO)))
+    with (
+        mock.patch.multiple(gguf_file, _SYNC_SECONDS=0.0),
+        mock.patch.object(gguf_file.os, "fdatasync", refuses),
+        pytest.raises(ConvertError, match="cannot be written: Input/output error"),
+        GgufFile(tmp_path / "m.gguf", METADATA, TENSORS) as file,
+    ):
+        file.write("a", [data_of(TENSORS[0])])
+    with GgufFile(tmp_path / "m.gguf", METADATA, TENSORS) as file:
+        assert not file.done
 
 
 def partial_file(path: Path, sources: Sequence[Path] = ()) -> Path:
