@@ -231,7 +231,7 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
             expected_.push_back(entry);
         }
     }
-    order_->seek(serving_);
+    // The victims of the last request go on: who was none then is none now.
     jobs_.clear();
     try {
         bool room = true;
