@@ -6,8 +6,8 @@ in any order. Until it is finished, the partial file ends in a note of what it i
     header | tensor data | SHA-256 of the plan (32 bytes) | 1 byte for each tensor, 1 when it is complete
 
 The plan is the header and the state of the source files. A partial file of the very same plan is taken up again; any
-other one is begun anew. Tensors are noted as complete only once their data has reached the disk, every now and then while
-more of them are written: a process that is killed, or a machine that loses power, loses the last moments' work.
+other one is begun anew. Tensors are noted as complete only once their data has reached the disk, every now and then
+while more of them are written: a process that is killed, or a machine that loses power, loses the last moments' work.
 """
 
 from __future__ import annotations

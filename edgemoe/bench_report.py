@@ -17,6 +17,7 @@ from rich.text import Text
 from edgemoe.atomic_file import atomic_file
 from edgemoe.bench import BenchResult, CellResult
 from edgemoe.bench_figures import Figures
+from edgemoe.figures import new_figure, plain_frame, save_figure
 from edgemoe.memory import format_bytes
 from edgemoe.route_statistics import TOLERANCE
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FIELDS", "bench_rows", "bench_tables", "can_plot", "save_csv", "save_plots"]
+__all__ = ["FIELDS", "bench_rows", "bench_tables", "save_csv", "save_plots"]
 
 _CELL_FIELDS = ("label", "ratio", "ram", "arena_bytes", "n_ubatch", "in_cgroup")
 _FIGURES = (
@@ -250,15 +251,6 @@ def _bytes(value: float | None) -> str:
     return "-" if value is None else format_bytes(round(value))
 
 
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def save_plots(result: BenchResult, folder: Path) -> None:
     """Draw ``speed.png``, the arms' speeds below the rooflines, and ``tokens.png``, how long each token took.
 
@@ -276,8 +268,7 @@ def save_plots(result: BenchResult, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in (("speed.png", _draw_speeds), ("tokens.png", _draw_tokens)):
-        with atomic_file(folder / name) as file:
-            draw(result).savefig(file, format="png")
+        save_figure(draw(result), folder / name)
 
 
 _COLOURS = {
@@ -292,11 +283,9 @@ _COLOURS = {
 
 def _draw_speeds(result: BenchResult) -> Figure:
     """Bars of decode speed with p10 and p90, one group for each budget; Belady's and LRU's rooflines above them."""
-    from matplotlib.figure import Figure
-
     arms = list(dict.fromkeys(figures.arm for cell in result.cells for figures in cell.figures))
     width = 0.8 / len(arms)
-    figure = Figure(figsize=(max(6.0, 1.5 + 2.2 * len(result.cells)), 5.2), layout="constrained", dpi=130)
+    figure = new_figure(max(6.0, 1.5 + 2.2 * len(result.cells)), 5.2)
     axes = figure.add_subplot()
     for place, cell in enumerate(result.cells):
         for figures in cell.figures:
@@ -327,10 +316,8 @@ def _draw_speeds(result: BenchResult) -> Figure:
 
 def _draw_tokens(result: BenchResult) -> Figure:
     """Seconds of each decoded token, median over rounds, one panel for each budget."""
-    from matplotlib.figure import Figure
-
     n_cells = len(result.cells)
-    figure = Figure(figsize=(9.5, 1.0 + 2.6 * n_cells), layout="constrained", dpi=130)
+    figure = new_figure(9.5, 1.0 + 2.6 * n_cells)
     for place, cell in enumerate(result.cells):
         axes = figure.add_subplot(n_cells, 1, place + 1)
         for arm in dict.fromkeys(run.arm for run in cell.runs):
@@ -364,7 +351,4 @@ def _finish(axes: Axes, result: BenchResult | None) -> None:
     if result is not None:
         axes.set_title(f"{result.about['model']['name']}, {result.routing} routes", loc="left", fontsize=11)
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_frame(axes, "y")

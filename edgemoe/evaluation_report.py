@@ -11,12 +11,13 @@ from rich.table import Table
 
 from edgemoe.arms import ALL_TASKS, FULL, NEAREST, OWN, RANDOM, WEIGHTS, WRONG, Arm
 from edgemoe.evaluation import Result, Summary
+from edgemoe.figures import new_figure, plain_frame, save_figure
 from edgemoe.quality import ALLOCATIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FIELDS", "can_plot", "row", "save_plot", "summary_row", "summary_table", "task_table"]
+__all__ = ["FIELDS", "row", "save_plot", "summary_row", "summary_table", "task_table"]
 
 FIELDS = (
     "task",
@@ -128,15 +129,6 @@ def task_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def save_plot(summaries: Sequence[Summary], n_expert: int, title: str, path: Path) -> None:
     """Draw what the main arms cost against the number of experts kept.
 
@@ -156,11 +148,10 @@ def save_plot(summaries: Sequence[Summary], n_expert: int, title: str, path: Pat
     OSError
         If it cannot be written.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     lines = _lines(summaries)
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained", dpi=130)
+    figure = new_figure(9.5, 5.6)
     axes = figure.add_subplot()
     for (name, allocation), points in lines.items():
         kept, costs = zip(*points, strict=True)
@@ -183,12 +174,9 @@ def save_plot(summaries: Sequence[Summary], n_expert: int, title: str, path: Pat
     axes.set_xlabel(f"experts kept per layer, of {n_expert}, mean over layers")
     axes.set_ylabel("change of perplexity")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_frame(axes, "both")
     _label(axes, lines)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 _COLOURS = {

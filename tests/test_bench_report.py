@@ -13,9 +13,10 @@ from rich.console import Console
 from edgemoe.bench import BenchResult, CellResult
 from edgemoe.bench_figures import figures_of
 from edgemoe.bench_opponent import Trial
-from edgemoe.bench_report import FIELDS, bench_rows, bench_tables, can_plot, save_csv, save_plots
+from edgemoe.bench_report import FIELDS, bench_rows, bench_tables, save_csv, save_plots
 from edgemoe.bench_roofline import Roofline
 from edgemoe.bench_run import Run
+from edgemoe.figures import can_plot
 
 ROOFLINE = Roofline(0.04, 8.0, 5.0, 0.5, 0.7, 1.0, 200, 100.0)
 ABOUT = {

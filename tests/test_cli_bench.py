@@ -16,8 +16,8 @@ import click.testing
 import pytest
 from bench_models import coolable_model
 
-from edgemoe.bench_report import can_plot
 from edgemoe.cli import main
+from edgemoe.figures import can_plot
 
 SHORT = ("--ram", "96MiB", "--prompt", "24", "--tokens", "20", "--rounds", "1", "--threads", "1")
 

@@ -19,8 +19,9 @@ from tiny_models import write_tiny_model
 from tiny_patterns import random_documents
 
 from edgemoe.cli import main
-from edgemoe.evaluation_report import FIELDS, can_plot
+from edgemoe.evaluation_report import FIELDS
 from edgemoe.evidence import Source
+from edgemoe.figures import can_plot
 from edgemoe.fingerprint import fingerprint
 from edgemoe.index import read_index
 from edgemoe.loss_curves import LossCurves

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from edgemoe.arms import ALL_TASKS, FULL, NEAREST, OWN, RANDOM, Arm
 from edgemoe.evaluation import Result, summarise
-from edgemoe.evaluation_report import FIELDS, can_plot, row, save_plot, summary_row, summary_table, task_table
+from edgemoe.evaluation_report import FIELDS, row, save_plot, summary_row, summary_table, task_table
 from edgemoe.expert_set import ExpertSet
+from edgemoe.figures import can_plot
 from edgemoe.perplexity import Figures
 
 
@@ -124,8 +125,3 @@ def test_plot_draws_own_sets_by_allocation_and_rivals_once(tmp_path: Path) -> No
 def test_matplotlib_is_only_loaded_to_plot() -> None:
     program = "import sys, edgemoe.evaluation_report; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
-
-
-def test_without_matplotlib_nothing_can_be_plotted() -> None:
-    with mock.patch.dict(sys.modules, {"matplotlib": None}):
-        assert not can_plot()

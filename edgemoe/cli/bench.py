@@ -90,16 +90,14 @@ def command(
     Nothing else should run on the machine.
     """
     from edgemoe.bench import run_bench
-    from edgemoe.bench_report import bench_tables, can_plot, save_csv, save_plots
+    from edgemoe.bench_report import bench_tables, save_csv, save_plots
     from edgemoe.cli import ui
+    from edgemoe.figures import NO_MATPLOTLIB, can_plot
 
     if csv is not None and not csv.parent.is_dir():
         raise click.BadParameter(f"{csv} cannot be written; give a file in an existing folder.", param_hint="--csv")
     if plot is not None and not can_plot():
-        raise click.BadParameter(
-            "matplotlib is missing; install it with pip install 'edgemoe[plot]', or leave --plot out.",
-            param_hint="--plot",
-        )
+        raise click.BadParameter(NO_MATPLOTLIB, param_hint="--plot")
     threads = threads or options.default_threads()
     result = run_bench(model, budgets, routing, arms, prompt, tokens, rounds, threads, recall, ui.note)
     if csv is not None:

@@ -193,17 +193,14 @@ def _check_plot(plot: Path | None) -> None:
     """Refuse now what would fail after an hour."""
     if plot is None:
         return
-    from edgemoe.evaluation_report import can_plot
+    from edgemoe.figures import NO_MATPLOTLIB, can_plot
 
     if plot.suffix.lower() != ".png":
         raise click.BadParameter(f"{plot} is no PNG file; give a name that ends in .png.", param_hint="--plot")
     if not plot.parent.is_dir() or plot.is_dir():
         raise click.BadParameter(f"{plot} cannot be written; give a file in an existing folder.", param_hint="--plot")
     if not can_plot():
-        raise click.BadParameter(
-            "matplotlib is missing; install it with pip install 'edgemoe[plot]', or leave --plot out.",
-            param_hint="--plot",
-        )
+        raise click.BadParameter(NO_MATPLOTLIB, param_hint="--plot")
 
 
 def _tasks(
