@@ -42,7 +42,7 @@ def scores_by_documents(llama: Llama, text: Path, counts: list[int]) -> Iterator
     """PEU of the first n documents, [L, N], for each n."""
     with tempfile.TemporaryDirectory() as folder:
         spool = Spool(Path(folder))
-        documents = [list(pieces_of(llama, document, 0)) for document in islice(read_documents([text]), max(counts))]
+        documents = [list(pieces_of(llama, [document], 0)) for document in islice(read_documents([text]), max(counts))]
         for piece in (piece for pieces in documents for piece in pieces):
             spool.add(piece, record(llama, piece, outputs=False))
         for count in counts:

@@ -124,7 +124,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def copy(sources: list[Path], target: Path) -> float:
     """Seconds that a plain copy takes until it is on the disk."""
-    cold(sources)
+    for source in sources:
+        make_cold(source)
     begin = time.perf_counter()
     with target.open("wb") as out:
         for source in sources:
@@ -139,7 +140,8 @@ def copy(sources: list[Path], target: Path) -> float:
 
 def convert(folder: Path, target: Path, type_: str) -> dict[str, float]:
     """One conversion: seconds, bytes written, peak memory of its process."""
-    cold(sorted(folder.glob("*.safetensors")))
+    for source in folder.glob("*.safetensors"):
+        make_cold(source)
     command = [sys.executable, "-m", "edgemoe", "convert", "hf", str(folder), "-o", str(target), "--type", type_]
     begin = time.perf_counter()
     process = subprocess.Popen(command)
@@ -151,19 +153,6 @@ def convert(folder: Path, target: Path, type_: str) -> dict[str, float]:
     n_bytes = target.stat().st_size
     target.unlink()
     return {"seconds": seconds, "bytes": n_bytes, "peak_rss": usage.ru_maxrss * 1024}
-
-
-def cold(paths: list[Path]) -> None:
-    """Drop files from the page cache; a page that is just being read or written takes another try."""
-    for path in paths:
-        for last in (False, False, False, True):
-            try:
-                make_cold(path)
-                break
-            except RuntimeError:
-                if last:
-                    raise
-                time.sleep(1)
 
 
 @click.command()

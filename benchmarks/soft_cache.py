@@ -73,10 +73,6 @@ def read(model: Path, ram: int, tokens: list[int], way: str, task: str, store: P
         }
 
 
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
-
-
 def run(model: Path, store: Path, text: Path, shares: list[float], n_tokens: int, threads: int) -> dict[str, Any]:
     index = read_index(model)
     known = PatternStore(fingerprint(index), store).list().patterns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,7 +108,22 @@ def _upper(scores: Floats) -> float:
     rank = int(np.ceil((1 - FALSE_REJECTIONS) * (n + 1)))
     if rank <= n:
         return float(np.sort(scores)[rank - 1])
-    # Too few for that quantile: prediction bound of a normal distribution, Student's quantile by its expansion.
-    z, freedom = _NORMAL_QUANTILE, n - 1
-    quantile = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return float(scores.mean() + quantile * scores.std(ddof=1) * np.sqrt(1 + 1 / n))
+    # Too few for that quantile: prediction bound of a normal distribution.
+    return float(scores.mean() + _student_quantile(n - 1) * scores.std(ddof=1) * np.sqrt(1 + 1 / n))
+
+
+def _student_quantile(freedom: int) -> float:
+    """Value that Student's t with so many degrees of freedom exceeds with probability `FALSE_REJECTIONS`."""
+    p = 1 - FALSE_REJECTIONS
+    # Of 1 and 2 degrees of freedom the expansion is far off, but there are closed forms.
+    if freedom == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if freedom == 2:
+        return (2 * p - 1) / math.sqrt(2 * p * (1 - p))
+    z = _NORMAL_QUANTILE
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )

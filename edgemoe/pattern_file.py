@@ -160,10 +160,16 @@ def encode(pattern: Pattern) -> bytes:
     little_endian = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in arrays.items()}
     # Safetensors puts wide types first and then goes by name, so sha256 comes last.
     data = save(little_endian, {_KEY: json.dumps(facts)})[:-_DIGEST_BYTES]
-    if len(data) + _DIGEST_BYTES > _MAX_BYTES or int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
+    if len(data) + _DIGEST_BYTES > _MAX_BYTES:
         raise PatternError(
             f"task {pattern.task!r} takes {len(data) >> 20} MiB, more than a pattern file's {_MAX_BYTES >> 20} MiB;"
-            " keep fewer documents, criteria or quality rows"
+            " keep fewer documents or criteria"
+        )
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise PatternError(
+            f"task {pattern.task!r} takes {header_bytes:,} bytes for the header of its file, more than"
+            f" {_MAX_HEADER_BYTES:,}; merge fewer tasks or keep fewer quality rows"
         )
     return data + hashlib.sha256(data).digest()
 

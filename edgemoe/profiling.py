@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,14 +124,14 @@ def compile_kernels(n_expert: int) -> None:
         score([routed], CRITERIA[name])
 
 
-def pieces_of(llama: Llama, document: Document, n_answer: int) -> Iterator[Piece]:
-    """Tokens of a document, through the chat template where it is a conversation and the model has one.
+def pieces_of(llama: Llama, documents: Iterable[Document], n_answer: int) -> Iterator[Piece]:
+    """Tokens of documents, through the chat template where they are conversations and the model has one.
 
     Parameters
     ----------
     llama : Llama
         The model.
-    document : Document
+    documents : iterable of Document
         What to evaluate. Text that is longer than the context is cut into pieces that are evaluated for themselves.
     n_answer : int
         Tokens that the model may answer where the document holds no answer; 0 for none. A prompt that leaves no room
@@ -142,17 +142,18 @@ def pieces_of(llama: Llama, document: Document, n_answer: int) -> Iterator[Piece
     PromptError
         If the chat template refuses the conversation.
     """
-    prompt, rest, counted = _tokens(llama, document)
-    tokens = prompt + rest
-    room = llama.n_ctx() - len(tokens)
-    answering = n_answer if not rest and 0 < n_answer <= room else 0
     model = fingerprint(llama.index)
-    for start in range(0, len(tokens), llama.n_ctx()):
-        part = tuple(tokens[start : start + llama.n_ctx()])
-        first, end = (min(max(at - start, 0), len(part)) for at in (counted.start, counted.stop))
-        if start > counted.start and end - first < BEGINNINGS[0]:
-            end = first
-        yield Piece(_key(model, part, answering), part, slice(first, end), answering)
+    for document in documents:
+        prompt, rest, counted = _tokens(llama, document)
+        tokens = prompt + rest
+        room = llama.n_ctx() - len(tokens)
+        answering = n_answer if not rest and 0 < n_answer <= room else 0
+        for start in range(0, len(tokens), llama.n_ctx()):
+            part = tuple(tokens[start : start + llama.n_ctx()])
+            first, end = (min(max(at - start, 0), len(part)) for at in (counted.start, counted.stop))
+            if start > counted.start and end - first < BEGINNINGS[0]:
+                end = first
+            yield Piece(_key(model, part, answering), part, slice(first, end), answering)
 
 
 def record(llama: Llama, piece: Piece, outputs: bool = True) -> RoutedTokens:
@@ -175,6 +176,8 @@ def record(llama: Llama, piece: Piece, outputs: bool = True) -> RoutedTokens:
         What evaluating raises.
     """
     parts: list[RoutedTokens] = []
+    # One number for all layers, as what is kept is an array [L, T, K_a]: a layer that selects fewer experts than the
+    # widest one is scored by a few more of its logits than it selects.
     k_a = max(llama.index.n_expert_used[layer] for layer in llama.index.moe_layers)
 
     def keep(trace: RouterTrace) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgemoe.oddness import FALSE_REJECTIONS, Oddness
+from edgemoe.oddness import FALSE_REJECTIONS, Oddness, _student_quantile
 
 
 def pieces(n: int, n_tokens: float, mean: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -20,6 +20,14 @@ def learned(*groups: tuple[np.ndarray, np.ndarray], n_tasks: int = 1, nearest: n
 def rejected(usual: Oddness, features: np.ndarray, n_tokens: int, nearest: int = 0) -> float:
     judged = [usual.judge(row, nearest, n_tokens) for row in features]
     return float(np.mean([oddness > threshold for oddness, threshold in judged]))
+
+
+STUDENT = {1: 6.3138, 2: 2.9200, 3: 2.3534, 4: 2.1318, 5: 2.0150, 10: 1.8125, 18: 1.7341}  # 95 %, from tables
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), STUDENT.items())
+def test_student_s_quantile_is_that_of_the_tables(freedom, quantile):
+    assert _student_quantile(freedom) == pytest.approx(quantile, rel=0.003)
 
 
 @pytest.mark.parametrize("n", [3, 12, 60, 1000])

@@ -59,7 +59,7 @@ def llama(folder: Path) -> Iterator[Llama]:
 
 
 def pieces(llama: Llama, document: Document, n_answer: int = 0) -> list[Piece]:
-    return list(pieces_of(llama, document, n_answer))
+    return list(pieces_of(llama, [document], n_answer))
 
 
 def one(llama: Llama, document: Document, n_answer: int = 0) -> Piece:
@@ -74,6 +74,12 @@ def test_running_text_is_taken_as_it_is(llama: Llama) -> None:
     piece = one(llama, RUNNING)
     assert llama.detokenize(list(piece.tokens)).decode() == RUNNING.text
     assert (piece.counted, piece.n_answer) == (slice(0, len(piece.tokens)), 0)
+
+
+def test_the_model_is_hashed_once_for_all_documents(llama: Llama) -> None:
+    with mock.patch("edgemoe.profiling.fingerprint", side_effect=fingerprint) as hashed:
+        assert len(list(pieces_of(llama, [RUNNING, ASKED, UNANSWERED], 0))) == 3
+    assert hashed.call_count == 1
 
 
 def test_a_conversation_goes_through_the_chat_template(llama: Llama) -> None:

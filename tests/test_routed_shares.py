@@ -99,7 +99,7 @@ def test_a_profiled_text_and_the_same_text_heard_agree(tmp_path: Path) -> None:
     document = Document("a", "import os\n\n\ndef parent(path):\n    return os.path.dirname(path)\n" * 4)
     settings = {"ram": "4GiB", "n_ctx": 128, "n_batch": 32, "n_threads": 1, "n_threads_batch": 1}
     with Llama(str(TINY_MOE), logits_all=True, **settings) as llama:
-        (piece,) = pieces_of(llama, document, 0)
+        (piece,) = pieces_of(llama, [document], 0)
         spool = Spool(tmp_path)
         spool.add(piece, record(llama, piece))
         assert spool.take(piece)

@@ -39,7 +39,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store = PatternStore(fingerprint(llama.index), folder)
         for number, (task, texts) in enumerate(DOCUMENTS.items()):
             documents = [Document(task, text) for text in texts[:12]]
-            pieces = [piece for document in documents for piece in pieces_of(llama, document, 0)]
+            pieces = list(pieces_of(llama, documents, 0))
             spool = Spool(folder / f".{task}")
             for piece in pieces:
                 spool.add(piece, record(llama, piece, outputs=False))

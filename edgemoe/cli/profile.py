@@ -158,7 +158,7 @@ def _profile(
             f"{len(documents)} documents tell little about a task: at least {profiling.FEW_DOCUMENTS} are advised, some"
             " tens are better."
         )
-    pieces = [piece for document in documents for piece in profiling.pieces_of(llama, document, n_answer)]
+    pieces = list(profiling.pieces_of(llama, documents, n_answer))
     if len(pieces) > len(documents):
         remark(f"Documents longer than {llama.n_ctx()} tokens were cut: {len(pieces)} pieces.")
     if n_answer and not any(piece.n_answer for piece in pieces):
