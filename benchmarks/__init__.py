@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# The model generator is shared with the tests, whose modules import each other by bare name.
+# The model generator and the numpy kernels are shared with the tests, whose modules import each other by bare name.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))

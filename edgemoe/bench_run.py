@@ -54,11 +54,6 @@ class Workload:
     forced: bool
     predicted: Ids | None = None
 
-    @property
-    def n_ctx(self) -> int:
-        """Tokens of context that it takes."""
-        return len(self.prompt) + len(self.decode)
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:

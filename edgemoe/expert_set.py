@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
-
 from edgemoe.errors import AllocationError, BudgetError
 from edgemoe.index import ExpertIndex
 
@@ -164,13 +161,6 @@ class ExpertSet:
     def mean_kept(self) -> float:
         """Number of experts kept in a layer, mean over layers."""
         return self.n_kept / len(self.layers)
-
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """Which are kept, bool [L, N]."""
-        found = np.zeros((len(self.layers), self.n_expert), np.bool_)
-        for row, ids in zip(found, self.kept, strict=True):
-            row[list(ids)] = True
-        return found
 
     def n_bytes(self, expert_bytes: Sequence[int]) -> int:
         """Bytes of the kept experts, given the bytes of one expert of each layer."""

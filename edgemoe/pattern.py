@@ -137,23 +137,6 @@ class Pattern:
         np.put_along_axis(scores, self.rankings.astype(np.intp), descending[None], 1)
         return scores
 
-    def ranking(self, layer: int) -> Ids:
-        """Experts of one layer of the model from best to worst, [N].
-
-        Raises
-        ------
-        KeyError
-            If the layer has no experts.
-        """
-        if layer not in self.layers:
-            raise KeyError(layer)
-        ids: Ids = self.rankings[self.layers.index(layer)]
-        return ids
-
-    def top(self, m: int) -> Ids:
-        """Give the m best experts of every layer, best first, [L, m]."""
-        return self.rankings[:, :m]
-
     def note_for(self, model: ModelFingerprint) -> str | None:
         """Compare the model this was made for with the one it is to serve.
 

@@ -133,7 +133,7 @@ class Confidence:
         return self.sums / self.n_token
 
 
-def score(parts: Iterable[RoutedTokens], criterion: Criterion, *, compiled: bool = True) -> Accumulator:
+def score(parts: Iterable[RoutedTokens], criterion: Criterion) -> Accumulator:
     """Score a task's experts.
 
     Parameters
@@ -143,8 +143,6 @@ def score(parts: Iterable[RoutedTokens], criterion: Criterion, *, compiled: bool
         an object that opens its files anew, not a generator.
     criterion : Criterion
         One of `CRITERIA` or another of the family.
-    compiled : bool
-        Use numba; see `edgemoe.trace.top_k`.
 
     Raises
     ------
@@ -152,9 +150,9 @@ def score(parts: Iterable[RoutedTokens], criterion: Criterion, *, compiled: bool
         If there is no text, pieces do not fit together, or they lack what the criterion needs.
     """
     if criterion.r != "adaptive":
-        return accumulate(parts, criterion, compiled=compiled)
-    sure = confidence(parts, criterion.k_a, compiled=compiled)
-    scored = accumulate(parts, criterion, sure.threshold(), compiled=compiled)
+        return accumulate(parts, criterion)
+    sure = confidence(parts, criterion.k_a)
+    scored = accumulate(parts, criterion, sure.threshold())
     if scored.n_token != sure.n_token:
         raise TraceError(
             f"{sure.n_token} tokens at the first reading, {scored.n_token} at the second; keep the text as it is"
@@ -163,7 +161,7 @@ def score(parts: Iterable[RoutedTokens], criterion: Criterion, *, compiled: bool
     return scored
 
 
-def confidence(parts: Iterable[RoutedTokens], k_a: int | None = None, *, compiled: bool = True) -> Confidence:
+def confidence(parts: Iterable[RoutedTokens], k_a: int | None = None) -> Confidence:
     """Add up the largest p of each token and layer.
 
     Parameters
@@ -172,22 +170,18 @@ def confidence(parts: Iterable[RoutedTokens], k_a: int | None = None, *, compile
         Text, piece by piece.
     k_a : int, optional
         Logits of the softmax, None for all that were kept.
-    compiled : bool
-        Use numba; see `edgemoe.trace.top_k`.
 
     Raises
     ------
     TraceError
         If there is no text, pieces do not fit together, or fewer than k_a logits were kept.
     """
-    if compiled:
-        from edgemoe.score_kernels import top_probability as add
-    else:
-        add = _top_probability
+    from edgemoe.score_kernels import top_probability
+
     total: Confidence | None = None
     for part in parts:
         sums = np.zeros(len(part.layers))
-        add(_first(part.logits, k_a), sums)
+        top_probability(_first(part.logits, k_a), sums)
         piece = Confidence(part.layers, sums, part.n_token)
         total = total.merge(piece) if total else piece
     if not total:
@@ -195,9 +189,7 @@ def confidence(parts: Iterable[RoutedTokens], k_a: int | None = None, *, compile
     return total
 
 
-def accumulate(
-    parts: Iterable[RoutedTokens], criterion: Criterion, threshold: Doubles | None = None, *, compiled: bool = True
-) -> Accumulator:
+def accumulate(parts: Iterable[RoutedTokens], criterion: Criterion, threshold: Doubles | None = None) -> Accumulator:
     """Add up a criterion's contributions in one reading.
 
     Parameters
@@ -208,8 +200,6 @@ def accumulate(
         What to add.
     threshold : float64 array [L], optional
         r of each layer; needed if the criterion's is adaptive (`Confidence.threshold`), else the criterion's counts.
-    compiled : bool
-        Use numba; see `edgemoe.trace.top_k`.
 
     Raises
     ------
@@ -226,9 +216,9 @@ def accumulate(
             part.n_token,
         )
         if criterion.needs_outputs:
-            _add_outputs(part, piece, compiled)
+            _add_outputs(part, piece)
         else:
-            _add_router(part, piece, threshold, compiled)
+            _add_router(part, piece, threshold)
         total = total.merge(piece) if total else piece
     if not total:
         raise TraceError("no routed tokens to score; record some text first")
@@ -265,22 +255,22 @@ def coverage(mass: npt.NDArray[np.floating] | Counts, n: int) -> Doubles:
     return np.asarray(np.where(total > 0, ranked[:, :n].sum(axis=1) / np.where(total > 0, total, 1), n / n_expert))
 
 
-def _add_router(part: RoutedTokens, total: Accumulator, threshold: Doubles | None, compiled: bool) -> None:
+def _add_router(part: RoutedTokens, total: Accumulator, threshold: Doubles | None) -> None:
+    from edgemoe.score_kernels import router_sums
+
     criterion = total.criterion
     if criterion.r != "adaptive":
         threshold = np.full(len(part.layers), criterion.r)
     elif threshold is None or len(threshold) != len(part.layers):
         raise TraceError(f"an adaptive r takes a threshold for each of {len(part.layers)} layers; see confidence()")
-    if compiled:
-        from edgemoe.score_kernels import router_sums as add
-    else:
-        add = _router_sums
     transform = get_args(Transform).index(criterion.f)
     ids, logits = _first(part.ids, criterion.k_a), _first(part.logits, criterion.k_a)
-    add(ids, logits, _on_grid(threshold), transform, total.sums, total.routed)
+    router_sums(ids, logits, _on_grid(threshold), transform, total.sums, total.routed)
 
 
-def _add_outputs(part: RoutedTokens, total: Accumulator, compiled: bool) -> None:
+def _add_outputs(part: RoutedTokens, total: Accumulator) -> None:
+    from edgemoe.score_kernels import output_sums
+
     criterion, outputs = total.criterion, part.outputs
     if outputs is None:
         raise TraceError("the criterion needs expert outputs, which were not recorded; record them or use peu")
@@ -291,11 +281,7 @@ def _add_outputs(part: RoutedTokens, total: Accumulator, compiled: bool) -> None
                 f"nothing is known of how layer {part.layers[int(unknown.argmax())]} changes its input, which the"
                 " criterion needs; use task or peu"
             )
-    if compiled:
-        from edgemoe.score_kernels import output_sums as add
-    else:
-        add = _output_sums
-    add(
+    output_sums(
         np.ascontiguousarray(outputs.ids),
         np.ascontiguousarray(outputs.weights),
         np.ascontiguousarray(outputs.norms),
@@ -317,77 +303,3 @@ def _first(array: npt.NDArray[Any], k_a: int | None) -> npt.NDArray[Any]:
 
 def _on_grid(values: Doubles) -> Doubles:
     return np.asarray(np.rint(values / GRID) * GRID)
-
-
-def _softmax(logits: npt.NDArray[np.float32]) -> Doubles:
-    """Softmax of the last axis, whose first is the largest."""
-    s = logits.astype(np.float64)
-    e = np.exp(s - s[..., :1])
-    return np.asarray(e / e.sum(axis=-1, keepdims=True))
-
-
-def _top_probability(logits: npt.NDArray[np.float32], sums: Doubles) -> None:
-    """Add to `sums` [L] the softmax's largest value of each row of `logits` [L, T, k]."""
-    sums += _on_grid(_softmax(logits)[..., 0]).sum(axis=1)
-
-
-def _router_sums(
-    ids: npt.NDArray[np.uint8 | np.uint16],
-    logits: npt.NDArray[np.float32],
-    threshold: Doubles,
-    transform: int,
-    sums: Doubles,
-    routed: Counts,
-) -> None:
-    """Add to `sums` and `routed` [L, N] what `ids` and `logits` [L, T, k] contribute; `threshold` is on the grid."""
-    s = logits.astype(np.float64)
-    p = _on_grid(_softmax(logits))
-    f: Transform = get_args(Transform)[transform]
-    match f:
-        case "identity":
-            values = s
-        case "max-sigmoid":
-            values = np.maximum(s, np.exp(np.minimum(s, 0)) / (1 + np.exp(-np.abs(s))))
-        case "one":
-            values = np.ones_like(s)
-        case "probability":
-            values = p
-    passed = p >= threshold[:, None, None]
-    _add(ids, np.where(passed, values, 0), np.ones_like(passed), sums, routed)
-
-
-def _output_sums(
-    ids: npt.NDArray[np.int32],
-    weights: npt.NDArray[np.float32],
-    norms: npt.NDArray[np.float32],
-    change: npt.NDArray[np.float32],
-    powers: tuple[int, int, int],
-    renormalise: bool,
-    sums: Doubles,
-    routed: Counts,
-) -> None:
-    """Add to `sums` and `routed` [L, N] what the chosen experts contribute, arrays [L, T, K] and `change` [L, T]."""
-    alpha, beta, gamma = powers
-    chosen = ids >= 0
-    g = np.where(chosen, weights, 0).astype(np.float64)
-    if renormalise:
-        total = g.sum(axis=2, keepdims=True)
-        g /= np.where(total > 0, total, 1)
-    values = g**alpha * np.where(chosen, norms, 0).astype(np.float64) ** beta
-    if gamma:
-        values *= np.nan_to_num(change.astype(np.float64), nan=0.0)[:, :, None] ** gamma
-    _add(ids, values, chosen, sums, routed)
-
-
-def _add(
-    ids: npt.NDArray[np.integer],
-    values: Doubles,
-    chosen: npt.NDArray[np.bool_],
-    sums: Doubles,
-    routed: Counts,
-) -> None:
-    """Add `values` and counts [L, T, k] to the experts they belong to, [L, N]."""
-    n_layer, n_expert = sums.shape
-    cells = (np.arange(n_layer)[:, None, None] * n_expert + ids)[chosen]
-    sums += np.bincount(cells, _on_grid(values)[chosen], sums.size).reshape(sums.shape)
-    routed += np.bincount(cells, minlength=sums.size).reshape(sums.shape)

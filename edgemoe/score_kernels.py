@@ -37,12 +37,12 @@ def top_k(logits: Floats, ids: Ids, top: Floats) -> None:
 
 
 def top_probability(logits: Floats, sums: Doubles) -> None:
-    """Compiled form of ``score._top_probability``: add to `sums` [L] from `logits` [L, T, k]."""
+    """Add to `sums` [L] the softmax's largest value of each row of `logits` [L, T, k], whose first is the largest."""
     _share_layers(_top_probability, logits, sums)
 
 
 def router_sums(ids: Ids, logits: Floats, threshold: Doubles, transform: int, sums: Doubles, routed: Counts) -> None:
-    """Compiled form of ``score._router_sums``: add to `sums` and `routed` [L, N] from `ids` and `logits` [L, T, k]."""
+    """Add to `sums` and `routed` [L, N] what `ids` and `logits` [L, T, k] contribute; `threshold` is on the grid."""
     _share_layers(lambda *arrays: _router_sums(*arrays, transform), ids, logits, threshold, sums, routed)
 
 
@@ -56,7 +56,7 @@ def output_sums(
     sums: Doubles,
     routed: Counts,
 ) -> None:
-    """Compiled form of ``score._output_sums``: add to `sums` and `routed` [L, N] from arrays [L, T, K] and [L, T]."""
+    """Add to `sums` and `routed` [L, N] what the chosen experts contribute, arrays [L, T, K] and `change` [L, T]."""
     _share_layers(
         lambda *arrays: _output_sums(*arrays, *powers, renormalise), ids, weights, norms, change, sums, routed
     )

@@ -130,7 +130,7 @@ def test_the_best_experts_lie_side_by_side(tmp_path: Path) -> None:
     after = expert_bytes(align(source, output, pattern=pattern))
     before = expert_bytes(read_index(source))
     for (layer, part, rank), found in after.items():
-        assert found == before[layer, part, int(pattern.ranking(layer)[rank])]
+        assert found == before[layer, part, int(pattern.rankings[pattern.layers.index(layer), rank])]
 
 
 def test_groups_keep_their_experts(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_groups_keep_their_experts(tmp_path: Path) -> None:
     pattern, layers = pattern_of(source), ExpertLayers.of(read_index(source))
     assert layers.n_group == 4
     for layer, order in hot_first(pattern, layers).items():
-        rank = {int(expert): i for i, expert in enumerate(pattern.ranking(layer))}
+        rank = {int(expert): i for i, expert in enumerate(pattern.rankings[pattern.layers.index(layer)])}
         for group in range(4):
             mine = order[4 * group : 4 * group + 4]
             assert {expert // 4 for expert in mine} == {group}

@@ -30,13 +30,11 @@ def of(scores: npt.NDArray[np.float32]) -> Pattern:
 
 
 @given(SCORES)
-def test_top_m_is_the_direct_ranking_for_every_m(scores: npt.NDArray[np.float32]) -> None:
+def test_the_compact_pattern_is_the_direct_ranking(scores: npt.NDArray[np.float32]) -> None:
     n_expert = scores.shape[1]
     direct = [sorted(range(n_expert), key=lambda i, row=row: (-row[i], i)) for row in scores]  # type: ignore[misc]
     pattern = of(scores)
-    for m in range(n_expert + 1):
-        assert pattern.top(m).tolist() == [row[:m] for row in direct]
-    assert [pattern.ranking(layer).tolist() for layer in pattern.layers] == direct
+    assert pattern.rankings.tolist() == direct
     assert (np.sort(pattern.permutations, axis=1) == np.arange(n_expert)).all()
 
 
@@ -48,20 +46,18 @@ def test_the_table_of_deepseek_r1_is_small() -> None:
     assert pattern.vector.dtype == np.float32
     assert (np.sort(pattern.permutations, axis=1) == np.arange(256)).all()
     # The whole ranking, and with it the top M for every M.
-    assert (pattern.top(256) == np.argsort(-scores, axis=1, kind="stable")).all()
+    assert (pattern.rankings == np.argsort(-scores, axis=1, kind="stable")).all()
 
 
 def test_more_than_256_experts_need_wider_ids() -> None:
     pattern = of(random_scores(tiny_model(2, 300)))
     assert pattern.permutations.dtype == np.uint16
-    assert sorted(pattern.ranking(2).tolist()) == list(range(300))
+    assert sorted(pattern.rankings[1].tolist()) == list(range(300))
 
 
 def test_layers_are_the_models_own_numbers() -> None:
     pattern = tiny_pattern()
     assert pattern.layers == (1, 2, 3)
-    with pytest.raises(KeyError):
-        pattern.ranking(0)
 
 
 def test_another_model_is_refused_and_another_quantization_noted() -> None:
@@ -80,7 +76,7 @@ def test_merging_weighs_by_tokens() -> None:
     for name in ("peu", "frequency"):
         np.testing.assert_allclose(both.scores[name], 0.75 * one.scores[name] + 0.25 * two.scores[name], atol=1e-6)
     direct = np.argsort(-both.scores["peu"], axis=1, kind="stable")
-    assert (both.top(8) == direct).all()
+    assert (both.rankings == direct).all()
     assert both.sources == one.sources + two.sources
     assert (both.n_tokens, both.n_documents, len(both.documents)) == (400, 4, 4)
     assert (both.documents.shares[4:] == two.documents.shares).all()

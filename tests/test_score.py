@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy_kernels import accumulate, confidence, score
 from test_trace import BOTH, outputs, trace
 
 from edgemoe.errors import TraceError
-from edgemoe.score import CRITERIA, GRID, Accumulator, Criterion, accumulate, confidence, coverage, score
+from edgemoe.score import CRITERIA, GRID, Accumulator, Criterion, coverage
 from edgemoe.trace import ExpertOutputs, RoutedTokens, RouterTrace, top_k
 
 # Three tokens, four experts, one layer. The k_a = 2 largest, and their local p = 1 / (1 + exp(-difference)):
