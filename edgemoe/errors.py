@@ -1,4 +1,7 @@
-"""Every error edgemoe raises on purpose; each message is one sentence with the next step in it.
+"""The errors that edgemoe raises on purpose; each message is one sentence with the next step in it.
+
+Two are elsewhere, as they concern their own part alone: `edgemoe.bench_arm.ArmError`, an EdgemoeError, and
+`edgemoe.memory_cgroup.CgroupUnavailableError`, an OSError.
 
 ::
 

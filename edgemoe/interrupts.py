@@ -1,4 +1,4 @@
-"""Ctrl-C while C code or another thread computes: ask it to stop, wait for it, and only then raise."""
+"""Signals that end a program: how it leaves in good order, and how it waits for C code or a thread to stop first."""
 
 from __future__ import annotations
 
@@ -7,15 +7,42 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
-__all__ = ["held_interrupts"]
+__all__ = ["exiting_on", "held_interrupts"]
+
+_HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def exiting_on(*numbers: signal.Signals) -> Iterator[None]:
+    """Have these signals raise SystemExit, with 128 and their number as exit status; one that is ignored stays so.
+
+    Outside the main thread, which alone gets signals, the block just runs.
+
+    Raises
+    ------
+    SystemExit
+        When one of the signals comes.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    with contextlib.ExitStack() as stack:
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+            previous = signal.getsignal(number)
+            if previous is not signal.SIG_IGN:
+                signal.signal(number, leave)
+                stack.callback(signal.signal, number, previous)
+        yield
 
 
 @contextlib.contextmanager
 def held_interrupts(stop: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold back what the SIGINT handler raises until the block is left.
+    """Hold back what the handlers of SIGINT, SIGTERM and SIGHUP raise until the block is left.
 
-    Without this, KeyboardInterrupt comes up wherever Python code happens to run: in a callback from C, which swallows
+    Without this, their exception comes up wherever Python code happens to run: in a callback from C, which swallows
     it, or in the middle of waiting for a thread, whose work the caller would then free under it. Outside the main
     thread, which alone gets signals, the block just runs.
 
@@ -27,30 +54,30 @@ def held_interrupts(stop: Callable[[], None] | None = None) -> Iterator[None]:
     Raises
     ------
     BaseException
-        What the handler raised, KeyboardInterrupt as a rule; it replaces whatever the stopped block raises.
+        What a handler raised first, KeyboardInterrupt as a rule; it replaces whatever the stopped block raises.
     """
-    previous = signal.getsignal(signal.SIGINT)
-    # Not callable: ignored, or installed by somebody else than Python.
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    in_main = threading.current_thread() is threading.main_thread()
+    # Not callable: ignored, left to the system, or installed by somebody else than Python.
+    previous = {int(n): handler for n in _HELD if in_main and callable(handler := signal.getsignal(n))}
     raised: list[BaseException] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
         try:
-            previous(number, frame)
+            previous[number](number, frame)
         except BaseException as error:
             raised.append(error)
             if stop is not None:
                 stop()
 
-    signal.signal(signal.SIGINT, hold)
+    for number in previous:
+        signal.signal(number, hold)
     try:
         yield
     except BaseException:
         if not raised:
             raise
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if raised:
         raise raised[0]

@@ -66,10 +66,12 @@ class SavedSession:
 def write_session(session: SavedSession, model: ModelFingerprint, path: Path) -> None:
     """Write a session file; a reader sees the old one or the new one, never a part.
 
+    A new file can be read by its owner alone.
+
     Raises
     ------
     SessionError
-        If the folder or the disk refuses it.
+        If there is a file already that is no session, or the folder or the disk refuses it.
     """
     document = {
         _KEY: VERSION,
@@ -82,7 +84,9 @@ def write_session(session: SavedSession, model: ModelFingerprint, path: Path) ->
         "residents": {str(layer): list(ids) for layer, ids in session.residents.items()},
     }
     try:
-        with atomic_file(path) as file:
+        if path.exists():
+            _read_document(path)
+        with atomic_file(path, mode=0o600) as file:
             file.write(json.dumps(document, ensure_ascii=False).encode("utf-8") + b"\n")
     except (OSError, ValueError) as error:  # ValueError: text that no file name can hold
         raise SessionError(f"{path} cannot be written: {_reason(error)}; check the folder and the disk") from None
@@ -95,6 +99,39 @@ def read_session(path: Path, model: ModelFingerprint) -> SavedSession:
     ------
     SessionError
         If it cannot be read, is no session, is damaged, of a newer format version, or of another model.
+    """
+    document = _read_document(path)
+    if document[_KEY] > VERSION:
+        raise SessionError(
+            f"{path} is a session of a newer format than {VERSION}, the last one this edgemoe reads; upgrade edgemoe"
+        )
+    if not _is_sound(document):
+        raise SessionError(f"{path} is a damaged edgemoe session; give the path of another one, or of a new file")
+    if document["model"]["router"] != model.router:
+        raise SessionError(
+            f"{path} is a session of {document['model']['name']}, not of this {model.name}; open it with that model"
+        )
+    # Not by int(), which refuses long numbers with an error of its own.
+    layers, residents = {str(layer): layer for layer in model.layers}, document["residents"]
+    if not residents.keys() <= layers.keys() or any(max(ids) >= model.n_expert for ids in residents.values()):
+        raise SessionError(f"{path} names experts that {model.name} does not have; it is damaged, take a new file")
+    return SavedSession(
+        system=document["system"],
+        turns=tuple(document["turns"]),
+        n_asked=document["n_asked"],
+        task=document["task"],
+        pinned=document["pinned"],
+        residents={layers[layer]: tuple(ids) for layer, ids in residents.items()},
+    )
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """Read what calls itself a session.
+
+    Raises
+    ------
+    SessionError
+        If it cannot be read, or does not.
     """
     try:
         # Opening a pipe or a device could block for ever.
@@ -110,27 +147,7 @@ def read_session(path: Path, model: ModelFingerprint) -> SavedSession:
         document = None
     if not isinstance(document, dict) or type(document.get(_KEY)) is not int:
         raise SessionError(f"{path} is no edgemoe session, or a damaged one; give the path of one, or of a new file")
-    if document[_KEY] > VERSION:
-        raise SessionError(
-            f"{path} is a session of a newer format than {VERSION}, the last one this edgemoe reads; upgrade edgemoe"
-        )
-    if not _is_sound(document):
-        raise SessionError(f"{path} is a damaged edgemoe session; give the path of another one, or of a new file")
-    if document["model"]["router"] != model.router:
-        raise SessionError(
-            f"{path} is a session of {document['model']['name']}, not of this {model.name}; open it with that model"
-        )
-    residents = {int(layer): tuple(ids) for layer, ids in document["residents"].items()}
-    if not residents.keys() <= set(model.layers) or any(max(ids) >= model.n_expert for ids in residents.values()):
-        raise SessionError(f"{path} names experts that {model.name} does not have; it is damaged, take a new file")
-    return SavedSession(
-        system=document["system"],
-        turns=tuple(document["turns"]),
-        n_asked=document["n_asked"],
-        task=document["task"],
-        pinned=document["pinned"],
-        residents=residents,
-    )
+    return document
 
 
 def _is_sound(document: dict[str, Any]) -> bool:
@@ -149,7 +166,6 @@ def _is_sound(document: dict[str, Any]) -> bool:
         and (document["task"] is None or _is_name(document["task"]))
         and type(document["pinned"]) is bool
         and isinstance(residents, dict)
-        and all(layer.isascii() and layer.isdecimal() and str(int(layer)) == layer for layer in residents)
         and all(map(_is_list_of_experts, residents.values()))
     )
 

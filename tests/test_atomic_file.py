@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,36 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     with atomic_file(path) as file:
         file.write(b"data")
     assert synced == [False]
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def write(path: Path, data: bytes, mode: int = 0o666) -> int:
+    """Write it, and give its permissions."""
+    with atomic_file(path, mode) as file:
+        file.write(data)
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_permissions_are_kept(tmp_path: Path) -> None:
+    assert write(tmp_path / "usual", b"") == 0o644
+    assert write(tmp_path / "private", b"", 0o600) == 0o600
+    for kept in (0o600, 0o666, 0o444):
+        (tmp_path / "usual").chmod(kept)
+        assert write(tmp_path / "usual", b"new", 0o640) == kept
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "file", tmp_path / "link"
+    link.symlink_to("folder/file")
+    for data in (b"new", b"newer"):
+        write(link, data)
+        assert link.is_symlink() and not target.is_symlink() and target.read_bytes() == data
+    assert sorted(tmp_path.rglob("*")) == sorted([tmp_path / "folder", target, link])

@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 
-from edgemoe.interrupts import held_interrupts
+from edgemoe.interrupts import exiting_on, held_interrupts
 
 
 @pytest.fixture
@@ -104,3 +104,36 @@ def test_ignored_interrupts_stay_ignored() -> None:
             press_ctrl_c()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_signals_that_exit() -> None:
+    with pytest.raises(SystemExit) as left, exiting_on(signal.SIGTERM, signal.SIGHUP):
+        signal.raise_signal(signal.SIGHUP)
+    assert left.value.code == 128 + signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_signals_that_exit_are_held_too() -> None:
+    stopped: list[int] = []
+    with pytest.raises(SystemExit), exiting_on(signal.SIGTERM), held_interrupts(lambda: stopped.append(1)):
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped == [1]
+        stopped.append(2)
+    assert stopped == [1, 2]
+
+
+def test_ignored_signals_do_not_exit() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with exiting_on(signal.SIGHUP):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_exit_on_nothing(pool: ThreadPoolExecutor) -> None:
+    def work() -> str:
+        with exiting_on(signal.SIGTERM):
+            return "done"
+
+    assert pool.submit(work).result() == "done"

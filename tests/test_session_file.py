@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -73,8 +75,6 @@ def written(tmp_path: Path, **changes: Any) -> Path:
         {"residents": {"1": []}},
         {"residents": {"1": [0, 0]}},
         {"residents": {"1": [-1]}},
-        {"residents": {"01": [1]}},
-        {"residents": {"²": [1]}},
         {"model": {"name": "x"}},
         {"model": "x"},
         {"pinned": ...},
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, changes: dict[str, Any]) -> N
         read_session(written(tmp_path, **changes), MODEL)
 
 
-@pytest.mark.parametrize("residents", [{"0": [1]}, {"4": [1]}, {"1": [8]}])
+@pytest.mark.parametrize("residents", [{"0": [1]}, {"4": [1]}, {"1": [8]}, {"01": [1]}, {"²": [1]}, {"1" * 5000: [1]}])
 def test_experts_that_the_model_does_not_have(tmp_path: Path, residents: dict[str, list[int]]) -> None:
     with pytest.raises(SessionError, match=r"talk\.json names experts that .* does not have"):
         read_session(written(tmp_path, residents=residents), MODEL)
@@ -118,6 +118,36 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         read_session(tmp_path / "a\0b", MODEL)
     with pytest.raises(SessionError, match=r"cannot be written: No such file or directory; check the folder"):
         write_session(SAVED, MODEL, tmp_path / "no" / "talk.json")
+
+
+@pytest.mark.parametrize("data", [b"", b"a letter", b"{}", b'{"edgemoe_session": true}'])
+def test_nothing_but_a_session_is_replaced(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "over.txt"
+    path.write_bytes(data)
+    with pytest.raises(SessionError, match=r"over\.txt is no edgemoe session, or a damaged one; give the path of one"):
+        write_session(SAVED, MODEL, path)
+    assert path.read_bytes() == data
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link", tmp_path):
+        with pytest.raises(SessionError, match=r"is not a regular file, expected an edgemoe session"):
+            write_session(SAVED, MODEL, path)
+    assert pipe.is_fifo()
+
+
+def test_a_session_is_private_unless_it_was_opened_up(tmp_path: Path) -> None:
+    path, link = tmp_path / "talk.json", tmp_path / "link.json"
+    write_session(SAVED, MODEL, path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o640)
+    link.symlink_to(path.name)
+    write_session(replace(SAVED, n_asked=3), MODEL, link)
+    assert link.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert read_session(path, MODEL).n_asked == 3
 
 
 # ---------------------------------------------------------------- conversations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from edgemoe.chat import Answer, ChatSession
 from edgemoe.cli import options
 from edgemoe.cli.options import ModelOptions, utf8
 from edgemoe.errors import EdgemoeError, PatternError, PromptError, SessionError
+from edgemoe.interrupts import exiting_on, held_interrupts
 from edgemoe.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -40,14 +43,16 @@ Ctrl-C stops an answer, Alt-Enter starts a new line, a blank before / makes it t
     "--session",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Go on with the conversation in this file, if there is one, and save it there on leaving.",
+    help="Go on with the conversation in this file, if there is one, and save it there after each answer.",
 )
 @options.model_options
 def command(model: Path, session: Path | None, options: ModelOptions) -> None:
     """Talk with a model.
 
-    On a terminal, /help lists the commands. Elsewhere each line of standard input is a message or a command. Answers go
-    to standard output (with --json, one JSON document on a line for each), everything else to standard error.
+    On a terminal, /help lists the commands, and what is typed is kept in ~/.local/share/edgemoe/chat_history. Elsewhere
+    each line of standard input is a message or a command; where one was refused, the exit status is 1 at the end.
+    Answers go to standard output (with --json, one JSON document on a line for each), everything else to standard
+    error.
     """
     from edgemoe.cli import ui
 
@@ -60,22 +65,29 @@ def command(model: Path, session: Path | None, options: ModelOptions) -> None:
 
         read = TerminalInput()
         growth = b"\1" * GROWTH
-    with ui.Loading(shown=not options.quiet) as loading:
-        llama = options.open(model, on_progress=loading.progress)
+    llama = options.open(model)
     del growth
-    with llama:
-        chat = _Chat(llama, options, on_terminal)
+    refused = False
+    # These leave as Ctrl-D does, but for the exit status.
+    with llama, exiting_on(signal.SIGTERM, signal.SIGHUP):
+        chat = _Chat(llama, options, on_terminal, session)
         chat.greet()
-        with chat.saved_in(session) if session is not None else contextlib.nullcontext():
+        with chat.saved():
             while True:
                 try:
                     line = read()
                     if line is None or not chat.take(line):
                         break
+                except (_CommandError, PatternError, PromptError, SessionError) as error:
+                    refused = True
+                    click.echo(f"edgemoe: {error}", err=True)
                 except KeyboardInterrupt:
                     if not on_terminal:
                         raise
                     ui.note("Ctrl-D or /quit leaves.")
+    # On a terminal it was seen.
+    if refused and not on_terminal:
+        click.get_current_context().exit(1)
 
 
 def _read_line() -> str | None:
@@ -83,13 +95,18 @@ def _read_line() -> str | None:
     return utf8(line, "standard input") if line else None
 
 
-class _Chat:
-    """What happens with each line."""
+class _CommandError(EdgemoeError):
+    """A command of the conversation that cannot be obeyed."""
 
-    def __init__(self, llama: Llama, options: ModelOptions, on_terminal: bool) -> None:
+
+class _Chat:
+    """What happens with each line; what is refused is raised, and the conversation can go on."""
+
+    def __init__(self, llama: Llama, options: ModelOptions, on_terminal: bool, file: Path | None) -> None:
         self._llama = llama
         self._options = options
         self._on_terminal = on_terminal
+        self._file = file
         self._session = ChatSession(llama, options.sampling())
         self._latest: Answer | None = None
         self._task_told: str | None = None
@@ -107,42 +124,44 @@ class _Chat:
         self._tell_task()
 
     @contextlib.contextmanager
-    def saved_in(self, path: Path) -> Iterator[None]:
-        """Go on with a session file, and save the conversation there at the end, whatever ends it.
+    def saved(self) -> Iterator[None]:
+        """Go on with the session file, if there is one, and save the conversation there at the end, whatever ends it.
 
         Raises
         ------
         SessionError
             If the file cannot be used; a new one is made at once, so that this is told before anything is said.
         """
-        if path.exists():
-            self._load(path)
+        if self._file is None:
+            yield
+            return
+        if self._file.exists():
+            self._load(self._file)
             if self._options.task is not None and self._llama.task_mode is not None:
                 self._llama.task_mode.pin(self._options.task)
         else:
-            self._save(path)
+            self._save(self._file)
         self._tell_task()
         try:
             yield
         finally:
-            self._save(path)
+            self._save(self._file)
 
     def take(self, line: str) -> bool:
-        """Obey a command or answer a message; False to leave."""
+        """Obey a command or answer a message; False to leave.
+
+        Raises
+        ------
+        EdgemoeError
+            When it is refused (_CommandError, PatternError, PromptError, SessionError), or the model fails.
+        """
         if line.startswith("/"):
             return self._obey(line)
         if line.strip():
-            try:
-                self._answer(line.strip())
-            except PromptError as error:
-                self._refuse(error)
+            self._answer(line.strip())
+            if self._file is not None:
+                self._save(self._file)
         return True
-
-    def _refuse(self, error: EdgemoeError) -> None:
-        """Say what cannot be done; where nobody is there to do something else, end."""
-        if not self._on_terminal:
-            raise error
-        click.echo(f"edgemoe: {error}", err=True)
 
     def _obey(self, line: str) -> bool:
         from edgemoe.cli import ui
@@ -169,24 +188,19 @@ class _Chat:
             self._session.system = text.strip()
             self._note("The system message is set." if self._session.system else "There is no system message.")
         else:
-            click.echo(f"edgemoe: there is no command {name}; /help lists them", err=True)
+            raise _CommandError(f"there is no command {name}; /help lists them")
         return True
 
     def _task(self, name: str) -> None:
         """Show, pin or release the active task."""
         mode = self._llama.task_mode
         if mode is None:
-            click.echo("edgemoe: this chat knows no tasks; start it with --experts task or auto", err=True)
-            return
-        try:
-            if name == "auto":
-                mode.release()
-            elif name:
-                mode.pin(None if name == "all" else name)
-                self._task_told = mode.active
-        except PatternError as error:
-            click.echo(f"edgemoe: {error}", err=True)
-            return
+            raise _CommandError("this chat knows no tasks; start it with --experts task or auto")
+        if name == "auto":
+            mode.release()
+        elif name:
+            mode.pin(None if name == "all" else name)
+            self._task_told = mode.active
         from edgemoe.cli import task_ui
 
         self._note(task_ui.mode_line(mode))
@@ -195,18 +209,14 @@ class _Chat:
 
     def _save_or_load(self, name: str, text: str) -> None:
         if not text:
-            click.echo(f"edgemoe: {name} needs a file, as in {name} talk.json", err=True)
-            return
+            raise _CommandError(f"{name} needs a file, as in {name} talk.json")
         path = Path(text)
-        try:
-            if name == "/load":
-                self._load(path)
-                self._tell_task()
-            else:
-                self._save(path)
-                self._note(f"Saved: {path}.")
-        except (SessionError, PatternError) as error:
-            self._refuse(error)
+        if name == "/load":
+            self._load(path)
+            self._tell_task()
+        else:
+            self._save(path)
+            self._note(f"Saved: {path}.")
 
     def _save(self, path: Path) -> None:
         from edgemoe.session_file import SavedSession, write_session
@@ -221,12 +231,14 @@ class _Chat:
             pinned=mode is not None and mode.pinned,
             residents=self._llama.store.residents(),
         )
-        write_session(saved, self._fingerprint(), path)
+        # The signal of a terminal that is closed comes twice: once from its shell, once from the kernel.
+        with held_interrupts():
+            write_session(saved, self._fingerprint, path)
 
     def _load(self, path: Path) -> None:
         from edgemoe.session_file import read_session
 
-        saved = read_session(path, self._fingerprint())
+        saved = read_session(path, self._fingerprint)
         mode = self._llama.task_mode
         if mode is None:
             switch = self._llama.residency.restore(saved.residents, None)
@@ -243,6 +255,7 @@ class _Chat:
         if mode is None and saved.task is not None:
             self._note(f"Its task, {saved.task}, is not in force: --experts auto or task would use it.")
 
+    @cached_property
     def _fingerprint(self) -> ModelFingerprint:
         """Of the file as it is: --keep K/M changes what the model says of itself."""
         from edgemoe.fingerprint import fingerprint

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.chat import Sampling
-from edgemoe.errors import PromptError
+from edgemoe.errors import BudgetError, ModelFileError, PromptError
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
@@ -28,7 +28,28 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     return value
 
 
-MODEL = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
+class _ModelPath(click.Path):
+    """The path of a model."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Make a Path of what was given.
+
+        Raises
+        ------
+        ModelFileError
+            When that is no file name that the native store takes.
+        """
+        # Before it becomes a Path: that of nothing is the present folder.
+        if not value:
+            raise ModelFileError("no file name was given as MODEL; give the path of a GGUF file")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ModelFileError(f"the path {value!r} is not UTF-8; rename the file or its folder") from None
+        return super().convert(value, param, ctx)
+
+
+MODEL = click.argument("model", type=_ModelPath(path_type=Path), metavar="MODEL")
 RAM = click.option(
     "--ram",
     metavar="SIZE",
@@ -123,6 +144,11 @@ _SHARED = (
 class ModelOptions:
     """What the shared flags say; None leaves a choice to the plan.
 
+    Raises
+    ------
+    BudgetError
+        When they contradict each other, so that this is told before anything is imported.
+
     Attributes
     ----------
     ram : str
@@ -163,6 +189,12 @@ class ModelOptions:
     quiet: bool
     json: bool
 
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.experts != "task":
+            raise BudgetError(
+                f"--keep {self.keep} limits the experts, which --experts {self.experts} does not; give --experts task"
+            )
+
     def sampling(self) -> Sampling:
         """How to draw answers, with a fresh seed when none was given."""
         seed = random.getrandbits(32) if self.seed is None else self.seed
@@ -172,9 +204,8 @@ class ModelOptions:
         self,
         model: Path,
         on_plan: Callable[[ExpertPlan], None] | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
     ) -> Llama:
-        """Load a model as the flags ask.
+        """Load a model as the flags ask, with a progress bar unless they say otherwise.
 
         Raises
         ------
@@ -182,26 +213,35 @@ class ModelOptions:
             Whatever keeps the model from loading.
         """
         from edgemoe.backend import Llama
+        from edgemoe.cli import ui
 
         threads = self.threads or default_threads()
-        return Llama(
-            str(model),
-            ram=self.ram,
-            io=self.io,
-            experts=self.experts,
-            keep=self.keep,
-            task=self.task,
-            tasks=self.store,
-            skip_mass=self.skip_mass,
-            n_ctx=self.ctx,
-            n_batch=max(512, self.ubatch or 0),
-            n_ubatch=self.ubatch,
-            n_threads=threads,
-            n_threads_batch=threads,
-            flash_attn=True,
-            on_plan=on_plan,
-            on_progress=on_progress,
-        )
+        with ui.Loading(shown=not self.quiet) as loading:
+            llama = Llama(
+                str(model),
+                ram=self.ram,
+                io=self.io,
+                experts=self.experts,
+                keep=self.keep,
+                task=self.task,
+                tasks=self.store,
+                skip_mass=self.skip_mass,
+                n_ctx=self.ctx,
+                n_batch=max(512, self.ubatch or 0),
+                n_ubatch=self.ubatch,
+                n_threads=threads,
+                n_threads_batch=threads,
+                flash_attn=True,
+                on_plan=on_plan,
+                on_progress=loading.progress,
+            )
+        trained = llama.index.context_length
+        if 0 < trained < (self.ctx or 0) and not (self.quiet or self.json):
+            ui.note(
+                f"--ctx {self.ctx} is more than the {trained:,} tokens that {llama.index.name} was trained for:"
+                " what it says after them may make no sense."
+            )
+        return llama
 
 
 def open_for_text(

@@ -27,13 +27,7 @@ def command(model: Path, prompt: str | None, options: ModelOptions) -> None:
     text = read_prompt(prompt)
     talking = not (options.quiet or options.json)
     sampling = options.sampling()
-    with ui.Loading(shown=not options.quiet) as loading:
-        llama = options.open(
-            model,
-            on_plan=ui.announce if talking else None,
-            on_progress=loading.progress,
-        )
-    with llama:
+    with options.open(model, on_plan=ui.announce if talking else None) as llama:
         if llama.index.has_chat_template:
             answer = ChatSession(llama, sampling).ask(text)
         else:

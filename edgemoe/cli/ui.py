@@ -76,7 +76,9 @@ def show(console: Console, *parts: RenderableType) -> None:
 
 def show_json(document: dict[str, Any], indent: int | None = 2) -> None:
     """Print one JSON document on standard output."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=indent) + "\n")
+    # Escapes say what another encoding could not.
+    ensure_ascii = sys.stdout.encoding.lower() != "utf-8"
+    sys.stdout.write(json.dumps(document, ensure_ascii=ensure_ascii, indent=indent) + "\n")
     sys.stdout.flush()
 
 
