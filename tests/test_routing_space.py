@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from sklearn.metrics.pairwise import pairwise_distances
 
 from edgemoe.routing_space import (
