@@ -115,6 +115,11 @@ class ExpertPlan:
         return sum(line.bytes for line in self.lines if line.name == name)
 
     @property
+    def floor_mebibytes(self) -> int:
+        """That smallest ``--ram`` in whole MiB that are enough in every process."""
+        return _safe_mebibytes(self.floor_budget)
+
+    @property
     def nominal_arena_bytes(self) -> int:
         """The arena if Python took `NOMINAL_PROCESS_BYTES`: the same in every process with the same settings."""
         measured = sum(map(self.bytes_of, ("Python and libraries", "expert arena", "left free")))
@@ -202,7 +207,7 @@ def _divide(
             f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(dense + rows_of(least))},"
             f" Python and llama.cpp {format_bytes(process_bytes + set_aside)},"
             f" KV cache and buffers {format_bytes(least.total)}, experts {format_bytes(pages.floor)});"
-            f" give --ram {_round_up_mib(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
+            f" give --ram {_safe_mebibytes(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
             needed=floor_budget,
         )
 
@@ -279,6 +284,11 @@ def _rows_bytes(table: Tensor, n_ubatch: int) -> int:
     return 2 * max(n_ubatch, LEAST_ROWS) * pages * page
 
 
+def _safe_mebibytes(floor_budget: int) -> int:
+    """Round up to what is enough in every process: what Python takes differs by a quarter of a MiB between two."""
+    return -(-(floor_budget + MIB // 4) // MIB)
+
+
 def headroom_of(budget_bytes: int) -> int:
     """Memory that is never planned for, bytes: 4 MiB or a 64th of the budget, whichever is more."""
     return max(4 * MIB, budget_bytes // 64)
@@ -311,10 +321,6 @@ def kernel_scratch(index: ExpertIndex, n_ctx: int, n_ubatch: int, flash_attn: bo
 
 def _with_headroom(n_bytes: int) -> int:
     return max(n_bytes + 4 * MIB, -(-n_bytes * 64 // 63)) + page_size()
-
-
-def _round_up_mib(n_bytes: int) -> int:
-    return -(-n_bytes // MIB)
 
 
 def _halves(n: int) -> Iterator[int]:

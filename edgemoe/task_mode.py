@@ -309,14 +309,12 @@ def open_tasks(
     """
     if experts not in ("all", *MODES):
         raise BudgetError(f"--experts {experts} is unknown; give all, task or auto")
+    if experts != "task" and keep is not None:
+        raise BudgetError(f"--keep {keep} limits the experts, which --experts {experts} does not; give --experts task")
     if experts == "all":
-        given = [f"--{name} {value}" for name, value in (("keep", keep), ("task", task)) if value is not None]
-        if given:
-            verb = "says" if len(given) == 1 else "say"
-            raise BudgetError(f"{' and '.join(given)} {verb} nothing with --experts all; give --experts task or auto")
+        if task is not None:
+            raise BudgetError(f"--task {task} says nothing with --experts all; give --experts task or auto")
         return None
-    if experts == "auto" and keep is not None:
-        raise BudgetError(f"--keep {keep} limits the experts, which --experts auto does not; give --experts task")
     kept = None if keep is None else Keep.parse(keep)
     layers = replace(ExpertLayers.of(index), expert_bytes=expert_pages(index))
     if kept is not None and kept.k is not None:

@@ -202,7 +202,7 @@ def plan_parts(plan: ExpertPlan) -> Iterator[RenderableType]:
         [
             ("context", f"{plan.n_ctx:,} tokens"),
             ("prompt batch", f"{plan.n_ubatch:,} tokens, {PROMPT_MODES[plan.prompt_mode]}"),
-            ("smallest --ram", f"{-(-plan.floor_budget // 2**20)}MiB at this context"),
+            ("smallest --ram", f"{plan.floor_mebibytes}MiB at this context"),
         ]
     )
     for text in plan.notes:
