@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgemoe.backend import Llama, plan_model
-    from edgemoe.chat import ChatSession
+    from edgemoe.chat import ChatSession, Sampling
     from edgemoe.errors import EdgemoeError
     from edgemoe.index import ExpertIndex, read_index
     from edgemoe.plan import ExpertPlan
 
-__all__ = ["ChatSession", "EdgemoeError", "ExpertIndex", "ExpertPlan", "Llama", "plan_model", "read_index"]
+__all__ = ["ChatSession", "EdgemoeError", "ExpertIndex", "ExpertPlan", "Llama", "Sampling", "plan_model", "read_index"]
 
 _HOME = {
     "ChatSession": "chat",
@@ -23,6 +23,7 @@ _HOME = {
     "ExpertIndex": "index",
     "ExpertPlan": "plan",
     "Llama": "backend",
+    "Sampling": "chat",
     "plan_model": "backend",
     "read_index": "index",
 }

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from edgemoe.dry_run import n_outputs_max, plan_for, plan_model, refused
+from edgemoe.dry_run import check_options, n_outputs_max, plan_for, plan_model, refused
 from edgemoe.errors import BackendError
 from edgemoe.index import read_index
 from edgemoe.llama_library import C, PlainLlama, in_llama_cpp
@@ -24,7 +24,7 @@ from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, PlanLine
 from edgemoe.residency import Residency
 from edgemoe.routed_shares import RoutedShares, place_of
 from edgemoe.router_tap import RouterTap, trace_memory
-from edgemoe.served_model import built_around, reporting
+from edgemoe.served_model import ServedLlama, Use, built_around, reporting
 from edgemoe.store import ExpertStore, Tuning, forget_libraries, return_freed_memory
 
 if TYPE_CHECKING:
@@ -37,8 +37,11 @@ MOST_SKIPPED = 0.5
 """Of a token's router weights in a layer: the heaviest expert is always kept."""
 
 
-class Llama(PlainLlama):
+class Llama(ServedLlama):
     """`llama_cpp.Llama` within a RAM budget: same methods, same answers, experts served from disk.
+
+    One thread at a time computes: until its answer has ended or its stream was closed, others get a BackendError, from
+    all but the vocabulary (`tokenize` and the like). `close` waits for what other threads are in the middle of.
 
     Parameters
     ----------
@@ -91,7 +94,8 @@ class Llama(PlainLlama):
     Raises
     ------
     EdgemoeError
-        ModelFileError, BudgetError, StoreError or BackendError; while generating, StoreError.
+        ModelFileError, BudgetError, StoreError or BackendError; while generating, StoreError; BackendError from every
+        call after `close`, or while another thread has the context.
     """
 
     def __init__(
@@ -114,9 +118,23 @@ class Llama(PlainLlama):
         on_progress: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._use = Use()
         self._stack = contextlib.ExitStack()
         self._said = ""
         self._skip_mass = 0.0
+        self._given = {
+            "ram": ram,
+            "io": io,
+            "experts": experts,
+            "keep": keep,
+            "task": task,
+            "tasks": tasks,
+            "reserved": reserved,
+            "tuning": tuning,
+        }
+        check_options({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **kwargs}, Llama)
+        if tuning is not None and not isinstance(tuning, Tuning):
+            raise BackendError(f"tuning={tuning!r} is no edgemoe.store.Tuning; leave it out, or give one")
         for name in ("n_gpu_layers", "use_mlock", "vocab_only"):
             if kwargs.get(name):
                 raise BackendError(
@@ -125,14 +143,14 @@ class Llama(PlainLlama):
         _check_skip_mass(skip_mass)
         if skip_mass and experts == "task":
             raise BackendError(
-                "skip_mass leaves out experts that would have to be read, but with experts=task all are in memory;"
-                " leave one of the two out"
+                f"a skip mass of {skip_mass} leaves out experts that would have to be read, but those of a task alone"
+                " are all in memory; leave one of the two out"
             )
         self.ram = ram
         self.index = read_index(Path(model_path))
         self.task_mode: TaskMode | None = None
         if (experts, keep, task) != ("all", None, None):
-            # Before the plan, which counts what this process holds: matching takes scikit-learn.
+            # Before the plan, which counts what this process holds.
             from edgemoe.task_mode import open_tasks
 
             self.task_mode = open_tasks(self.index, experts, keep, task, tasks)
@@ -167,7 +185,7 @@ class Llama(PlainLlama):
             interrupt = self.store.session.interrupt
             with in_llama_cpp(kwargs["verbose"], interrupt) as errors, reporting(self.store, on_progress):
                 try:
-                    with built_around(self.store, self.tap, n_outputs_max(kwargs)):
+                    with built_around(self.store, self.tap, self._use, n_outputs_max(kwargs)):
                         super().__init__(
                             str(model_path),
                             use_mmap=False,
@@ -216,9 +234,10 @@ class Llama(PlainLlama):
     @skip_mass.setter
     def skip_mass(self, mass: float) -> None:
         _check_skip_mass(mass)
-        self._skip_mass = mass
-        self.store.skip(mass, self.plan.nominal_arena_bytes)
-        self.reset()
+        with self._use.computing():
+            self._skip_mass = mass
+            self.store.skip(mass, self.plan.nominal_arena_bytes)
+            self.reset()
 
     def reusable(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's first tokens `generate` need not evaluate again.
@@ -229,14 +248,14 @@ class Llama(PlainLlama):
         known: int = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), list(prompt[:-1]))
         return 0 if self.skip_mass and known < self.n_tokens else known
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
-        """Generate tokens, as `llama_cpp.Llama.generate`, after the prompt has been matched to a task."""
+    def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
+        """Generate tokens after the prompt has been matched to a task."""
         if self.skip_mass and kwargs.get("reset", True) and not self.reusable(tokens):
             self.reset()
         if self.task_mode is not None and not self.task_mode.pinned and kwargs.get("reset", True):
             self._match(self.task_mode, list(tokens), self._said)
         self._said = ""
-        yield from super().generate(tokens, *args, **kwargs)
+        yield from super()._generate(tokens, *args, **kwargs)
 
     def match(self, tokens: Sequence[int], said: str = "", *, first: bool = False) -> Match:
         """Say which task a text belongs to; the context is empty afterwards.
@@ -259,8 +278,9 @@ class Llama(PlainLlama):
             raise BackendError('the model knows no tasks; open it with experts="auto" or "task"')
         layers = () if first else self.tap.running_layers
         layers = layers or self.index.moe_layers[:1]
-        heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, said, cut=True)
-        self._rewind(0)
+        with self._use.computing():
+            heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, said, cut=True)
+            self._rewind(0)
         return self.task_mode.match_of(heard)
 
     def _match(self, mode: TaskMode, tokens: list[int], said: str) -> None:
@@ -314,19 +334,10 @@ class Llama(PlainLlama):
         self.n_tokens = n_tokens
         self._requires_eval = True
 
-    def eval(self, tokens: Any) -> None:
-        """Evaluate tokens, as `llama_cpp.Llama.eval`; after a failure the context is as before the failing batch."""
-        try:
-            super().eval(tokens)
-        except BaseException:
-            # A recurrent state cannot be cut back to an earlier token.
-            if self._is_recurrent or self._is_hybrid:
-                self.reset()
-            raise
-
     def ends_with(self, token: int) -> bool:
         """Whether the model means to say no more: its end of text, of a turn, or of a message."""
-        return bool(C.llama_vocab_is_eog(self._model.vocab, token))
+        with self._use.held():
+            return bool(C.llama_vocab_is_eog(self._model.vocab, token))
 
     def n_ctx(self) -> int:
         """Context in tokens, as planned; llama.cpp itself rounds it up."""
@@ -337,16 +348,23 @@ class Llama(PlainLlama):
         self.store.session.interrupt()
 
     def close(self) -> None:
-        """Free the model, then the store. May be called twice."""
-        stack = getattr(self, "_stack", None)
-        if stack is not None:
-            stack.close()
-        store: ExpertStore | None = getattr(self, "store", None)
-        if store is not None:
-            store.close()
+        """Free the model, then the store, when other threads are done with what they are in. May be called twice.
+
+        Raises
+        ------
+        BackendError
+            In a callback from the model's own computation.
+        """
+        if "_use" not in vars(self):
+            return  # never opened
+        with self._use.closing():
+            self._stack.close()
+            if "store" in vars(self):
+                self.store.close()
 
     def __enter__(self) -> Llama:
-        return self
+        with self._use.held():
+            return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -354,11 +372,11 @@ class Llama(PlainLlama):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         del state["use_mmap"], state["use_mlock"], state["vocab_only"]
-        return state | {"ram": self.ram, "io": self.store.io}
+        return state | self._given | {"skip_mass": self._skip_mass}
 
 
 def _check_skip_mass(mass: float) -> None:
     if not 0 <= mass <= MOST_SKIPPED:
         raise BackendError(
-            f"skip_mass={mass} is no share of the router's weights that can be left out; give 0 to {MOST_SKIPPED}"
+            f"a skip mass of {mass} is no share of the router's weights that can be left out; give 0 to {MOST_SKIPPED}"
         )

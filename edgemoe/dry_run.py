@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
+import inspect
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 from edgemoe.errors import BackendError
 from edgemoe.index import ExpertIndex, read_index
-from edgemoe.llama_library import LLAMA_CPP_PYTHON, C, in_llama_cpp, symbols
+from edgemoe.llama_library import LLAMA_CPP_PYTHON, C, PlainLlama, in_llama_cpp, symbols
 from edgemoe.memory import current_rss, parse_budget
 from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, PlanLine, kernel_scratch, make_plan
 from edgemoe.store import memory_use, return_freed_memory
 
-__all__ = ["DryRun", "n_outputs_max", "plan_for", "plan_model", "refused"]
+__all__ = ["DryRun", "check_options", "n_outputs_max", "plan_for", "plan_model", "refused"]
 
 # What a process grows by once it runs: Python's own allocations, and the sampler's arrays over the vocabulary.
 _GROWTH = 8 << 20
 _BYTES_PER_TOKEN_OF_VOCABULARY = 64
 # llama.cpp's bookkeeping for each position of the KV cache (llama_kv_cells), and llama_cpp.Llama's array of tokens.
 _BYTES_PER_CELL = 64
+
+# The smallest values that mean something; llama_cpp takes 0 context and 0 threads for its default.
+_LEAST = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 1, "n_threads": 0, "n_threads_batch": 0}
 
 
 class DryRun:
@@ -103,6 +108,33 @@ def refused(index: ExpertIndex, errors: list[str]) -> BackendError:
     )
 
 
+def check_options(options: Mapping[str, Any], taker: Callable[..., Any]) -> None:
+    """Refuse options that llama_cpp.Llama would overlook, and numbers that it would hand on to C code.
+
+    Parameters
+    ----------
+    options : Mapping of str to Any
+        By name, as given or by default.
+    taker : callable
+        Who takes them, besides those of llama_cpp.Llama.
+
+    Raises
+    ------
+    BackendError
+        Names the first that is unknown, and what is close to it, or that is no such number.
+    """
+    known = {name for callee in (PlainLlama, taker) for name in inspect.signature(callee).parameters}
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            step = f"did you mean {close[0]}?" if close else "leave it out"
+            raise BackendError(f"there is no option {name}; {step}")
+    for name, least in _LEAST.items():
+        value = options.get(name)
+        if value is not None and not (isinstance(value, SupportsIndex) and value.__index__() >= least):
+            raise BackendError(f"{name}={value!r} cannot be; give a whole number from {least} on, or leave it out")
+
+
 def plan_model(
     model_path: str | os.PathLike[str],
     ram: str | int = "auto",
@@ -128,6 +160,7 @@ def plan_model(
     EdgemoeError
         ModelFileError, BudgetError or BackendError.
     """
+    check_options({"n_ctx": n_ctx, "n_ubatch": n_ubatch, **context_options}, plan_model)
     return plan_for(read_index(model_path), ram, n_ctx, n_ubatch, context_options)
 
 

@@ -120,10 +120,11 @@ def quantize_rows(ggml_type: int, rows: npt.NDArray[np.float32], row_bytes: int)
     -------
     uint8 [n_rows, row_bytes]
     """
+    assert rows.dtype == np.float32 and rows.flags.c_contiguous, f"{rows.dtype} rows {rows.strides} bytes apart"
     n_rows, n_weights = rows.shape
     packed = np.empty((n_rows, row_bytes), np.uint8)
     written = _quantize_chunk()(ggml_type, rows.ctypes.data, packed.ctypes.data, 0, n_rows, n_weights, None)
-    assert written == packed.nbytes and rows.flags.c_contiguous, f"ggml wrote {written} of {packed.nbytes} bytes"
+    assert written == packed.nbytes, f"ggml wrote {written} of {packed.nbytes} bytes"
     return packed
 
 

@@ -1,22 +1,227 @@
-"""llama.cpp's model and context as edgemoe builds them: tensors in the store's buffer, a graph with the native hook."""
+"""llama.cpp's model and context as edgemoe builds them: tensors in the store's buffer, a graph with the native hook.
+
+C code follows a pointer to what is freed, and two threads in one context end the process: `Use` refuses both before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from edgemoe.errors import BackendError
-from edgemoe.llama_library import C, in_llama_cpp, internals, symbols
+from edgemoe.llama_library import C, PlainLlama, in_llama_cpp, internals, symbols
 from edgemoe.router_tap import RouterTap
 from edgemoe.store import ExpertStore
 
-__all__ = ["built_around", "reporting"]
+__all__ = ["ServedLlama", "Use", "built_around", "reporting"]
 
 _EVERY_TENSOR = b"."
 _BUILDING = threading.Lock()
+
+
+class Use:
+    """Who uses a model: any thread reads its vocabulary, one at a time its context, and nobody once it is closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)
+        self._inside: dict[object, int] = {}  # each use under way, and its thread
+        self._computing: set[object] = set()  # those of the context, all by one thread
+        self._answer: object | None = None  # the latest, while it is unfinished
+        self._thread = 0  # whose that is
+        self._closed = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the model open for the block.
+
+        Raises
+        ------
+        BackendError
+            When it is closed.
+        """
+        use, me = object(), threading.get_ident()
+        # Entered within `try`, and left by name: wherever KeyboardInterrupt comes up, nothing stays behind.
+        try:
+            with self._lock:
+                # What was begun before another thread closed the model is finished.
+                if self._closed and me not in self._inside.values():
+                    raise BackendError("the model is closed; open it again")
+                self._inside[use] = me
+            yield
+        finally:
+            with self._lock:
+                self._inside.pop(use, None)
+                self._left.notify_all()
+
+    @contextlib.contextmanager
+    def computing(self, answer: object | None = None) -> Iterator[None]:
+        """Have the context for the block, as the thread that has it already, or to go on with that answer.
+
+        Raises
+        ------
+        BackendError
+            When the model is closed, or another thread computes or has not finished an answer.
+        """
+        use, me = object(), threading.get_ident()
+        with self.held():
+            try:
+                with self._lock:
+                    taken = self._computing or self._answer not in (None, answer)
+                    if taken and self._thread != me:
+                        raise BackendError(
+                            "the model is in use by another thread; call it when that one's answer has ended,"
+                            " or its stream was closed"
+                        )
+                    self._thread = me
+                    self._computing.add(use)
+                yield
+            finally:
+                self._computing.discard(use)
+
+    def answer(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+        """Take steps that compute, and keep other threads out in between; any thread may take the next one.
+
+        Raises
+        ------
+        BackendError
+            As `computing`, and when the same thread began another answer meanwhile, which has the context now.
+        """
+        if self._computing and self._thread == threading.get_ident():
+            # A part of the answer whose step this is.
+            yield from steps
+            return
+        answer, sent = object(), None
+        try:
+            with self.computing():
+                self._answer = answer
+            while True:
+                with self.computing(answer):
+                    if self._answer is not answer:
+                        raise BackendError("the model has begun another answer since; ask for this one again")
+                    try:
+                        piece = steps.send(sent)
+                    except StopIteration:
+                        return
+                sent = yield piece
+        finally:
+            if self._answer is answer:
+                self._answer = None
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Let nobody begin any more, and have the block run when all other threads are done.
+
+        Raises
+        ------
+        BackendError
+            When this thread is itself in the middle of a use, as in a callback.
+        """
+        with self._lock:
+            if threading.get_ident() in self._inside.values():
+                raise BackendError("the model is computing in this very call; close it afterwards")
+            self._closed = True
+            self._left.wait_for(lambda: not self._inside)
+            yield
+
+
+def _computing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a method of `ServedLlama` compute in one thread at a time."""
+
+    @functools.wraps(method)
+    def alone(self: ServedLlama, *args: Any, **kwargs: Any) -> Any:
+        with self._use.computing():
+            return method(self, *args, **kwargs)
+
+    return alone
+
+
+class ServedLlama(PlainLlama):
+    """`llama_cpp.Llama` whose uses are told by a `Use`: those of the context here, those of the vocabulary below."""
+
+    _use: Use
+
+    reset = _computing(PlainLlama.reset)
+    sample = _computing(PlainLlama.sample)
+    embed = _computing(PlainLlama.embed)
+    save_state = _computing(PlainLlama.save_state)
+    load_state = _computing(PlainLlama.load_state)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens, as `llama_cpp.Llama.eval`; after a failure the context is as before the failing batch.
+
+        Raises
+        ------
+        BackendError
+            When they do not fit into the context, or one is not of the vocabulary.
+        """
+        with self._use.computing():
+            if self.n_tokens + len(tokens) > self._n_ctx:
+                raise BackendError(
+                    f"{len(tokens)} tokens after {self.n_tokens} are more than the context of {self._n_ctx};"
+                    " give fewer, or open the model with a larger n_ctx"
+                )
+            strange = next((token for token in tokens if not 0 <= token < self._n_vocab), None)
+            if strange is not None:
+                raise BackendError(
+                    f"{strange} is no token of {self.model_path}; give numbers from 0 to {self._n_vocab - 1},"
+                    " as `tokenize` does"
+                )
+            try:
+                super().eval(tokens)
+            except BaseException:
+                # A recurrent state cannot be cut back to an earlier token.
+                if self._is_recurrent or self._is_hybrid:
+                    self.reset()
+                raise
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
+        """Generate tokens, as `llama_cpp.Llama.generate`."""
+        return self._use.answer(self._generate(tokens, *args, **kwargs))
+
+    def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, None]:
+        # All of a completion, probabilities that are read when its tokens are complete included.
+        return self._use.answer(super()._create_completion(*args, **kwargs))
+
+    @property
+    def ctx(self) -> Any:
+        """The llama_context."""
+        with self._use.held():
+            return self._ctx.ctx
+
+    @property
+    def model(self) -> Any:
+        """The llama_model."""
+        with self._use.held():
+            return self._model.model
+
+
+def _while_open(plain: type) -> Callable[[type], type]:
+    """Have the class keep its model open in each method that it inherits from llama_cpp's."""
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def held(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._use.held():
+                return method(self, *args, **kwargs)
+
+        return held
+
+    def guard(served: type) -> type:
+        for name, method in vars(plain).items():
+            if inspect.isfunction(method) and not name.startswith("_") and name not in ("close", *vars(served)):
+                setattr(served, name, guarded(method))
+        return served
+
+    return guard
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -26,7 +231,7 @@ class _BufferTypeOverride(ctypes.Structure):
 
 
 @contextlib.contextmanager
-def built_around(store: ExpertStore, tap: RouterTap, n_outputs_max: int) -> Iterator[None]:
+def built_around(store: ExpertStore, tap: RouterTap, use: Use, n_outputs_max: int) -> Iterator[None]:
     """Let `llama_cpp.Llama.__init__`, which builds model and context in one go, build ours.
 
     Only in this thread: a plain Llama that another thread builds meanwhile gets the plain classes.
@@ -35,13 +240,13 @@ def built_around(store: ExpertStore, tap: RouterTap, n_outputs_max: int) -> Iter
     plain_model, plain_context = internals.LlamaModel, internals.LlamaContext
 
     def model(**kwargs: Any) -> Any:
-        return _Model(store=store, **kwargs) if threading.get_ident() == owner else plain_model(**kwargs)
+        return _Model(store=store, use=use, **kwargs) if threading.get_ident() == owner else plain_model(**kwargs)
 
     def context(**kwargs: Any) -> Any:
         if threading.get_ident() != owner:
             return plain_context(**kwargs)
         kwargs["params"].n_outputs_max = n_outputs_max
-        return _Context(store=store, tap=tap, **kwargs)
+        return _Context(store=store, tap=tap, use=use, **kwargs)
 
     with _BUILDING:
         internals.LlamaModel, internals.LlamaContext = model, context
@@ -51,10 +256,12 @@ def built_around(store: ExpertStore, tap: RouterTap, n_outputs_max: int) -> Iter
             internals.LlamaModel, internals.LlamaContext = plain_model, plain_context
 
 
+@_while_open(internals.LlamaModel)
 class _Model(internals.LlamaModel):
     """A model whose every tensor is allocated by the native buffer type."""
 
-    def __init__(self, *, store: ExpertStore, path_model: str, params: Any, verbose: bool) -> None:
+    def __init__(self, *, store: ExpertStore, use: Use, path_model: str, params: Any, verbose: bool) -> None:
+        self._use = use
         store.attach(symbols())
         self._overrides = (_BufferTypeOverride * 2)(
             _BufferTypeOverride(_EVERY_TENSOR, store.session.buffer_type()), _BufferTypeOverride(None, None)
@@ -70,10 +277,11 @@ class _Model(internals.LlamaModel):
         store.session.restore_names()
 
 
+@_while_open(internals.LlamaContext)
 class _Context(internals.LlamaContext):
     """A context whose graph calls the native hook, and whose prompt batches can be interrupted."""
 
-    def __init__(self, *, store: ExpertStore, tap: RouterTap, model: Any, params: Any, verbose: bool) -> None:
+    def __init__(self, *, store: ExpertStore, tap: RouterTap, use: Use, model: Any, params: Any, verbose: bool) -> None:
         session = store.session
         params.cb_eval = C.ggml_backend_sched_eval_callback(session.eval_callback())
         params.cb_eval_user_data = session.callback_data()
@@ -81,6 +289,7 @@ class _Context(internals.LlamaContext):
         params.abort_callback_data = session.callback_data()
         self._store = store
         self._tap = tap
+        self._use = use
         super().__init__(model=model, params=params, verbose=verbose)
 
     def decode(self, batch: Any) -> None:
@@ -105,7 +314,7 @@ class _Context(internals.LlamaContext):
                     raise KeyboardInterrupt from None
                 reason = "; ".join([str(error), *errors])
                 raise BackendError(
-                    f"llama.cpp could not evaluate the batch: {reason}; is it longer than the context?"
+                    f"llama.cpp could not evaluate the batch: {reason}; reset the model and begin again"
                 ) from error
         self._store.raise_failure()
         # Stopped after llama.cpp's last look at the flag: it reports success for a graph that was cut short.

@@ -17,6 +17,11 @@ def test_every_public_name_is_there() -> None:
     assert set(edgemoe._HOME) == set(edgemoe.__all__)
 
 
+def test_a_conversation_needs_public_names_only() -> None:
+    assert edgemoe.ChatSession.__init__.__annotations__["sampling"] == "Sampling"
+    assert "Sampling" in edgemoe.__all__
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Lama'"):
         edgemoe.Lama  # noqa: B018
