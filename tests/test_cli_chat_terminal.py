@@ -77,7 +77,8 @@ def test_history_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 ON_A_TERMINAL = """
-import fcntl, os, sys, termios, time
+import fcntl, os, signal, sys, termios, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C comes as a signal
 sys.path.insert(0, sys.argv[1])

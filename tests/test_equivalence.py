@@ -76,7 +76,8 @@ def test_rows_of_tokens_come_and_go(io: str, tmp_path: Path, monkeypatch: pytest
         found = logits(ours, tokens[:100], tokens[100:])
         looked_up = ours.store.stats().dense_bytes - ours.store.load_bytes
         assert looked_up > ours.plan.rows_bytes, "no row had to leave"
-    with Llama(str(path), io=io, ram="4GiB", n_ubatch=4, **SETTINGS) as held:
+        n_ubatch = ours.plan.n_ubatch  # narrowed to fit
+    with Llama(str(path), io=io, ram="4GiB", n_ubatch=n_ubatch, **SETTINGS) as held:
         assert held.plan.rows_bytes == 0
         assert np.array_equal(found, logits(held, tokens[:100], tokens[100:]))
         assert held.store.stats().dense_bytes == held.store.load_bytes == held.index.dense_bytes
