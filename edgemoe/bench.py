@@ -22,6 +22,7 @@ from edgemoe.errors import BudgetError, TraceError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import format_bytes, machine, parse_budget
 from edgemoe.memory_cgroup import CgroupUnavailableError, memory_cgroup
+from edgemoe.plan import safe_mebibytes
 from edgemoe.route_statistics import statistics
 
 __all__ = ["FITS", "BenchResult", "CellResult", "run_bench"]
@@ -219,7 +220,7 @@ def _cell(label: str, ram: int | None, index: ExpertIndex, settings: Settings, w
     if ram is not None and ram < whole["floor"]:
         raise BudgetError(
             f"--ram {label} ({format_bytes(ram)}) is too small for {index.path.name} with a prompt and tokens of"
-            f" {settings.n_ctx} together; give --ram {math.ceil(whole['floor'] / 2**20)}MiB, or fewer of --prompt and"
+            f" {settings.n_ctx} together; give --ram {safe_mebibytes(whole['floor'])}MiB, or fewer of --prompt and"
             " --tokens",
             needed=whole["floor"],
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from edgemoe.errors import BudgetError
 from edgemoe.index import ExpertIndex, Tensor
@@ -117,7 +118,7 @@ class ExpertPlan:
     @property
     def floor_mebibytes(self) -> int:
         """That smallest ``--ram`` in whole MiB that are enough in every process."""
-        return _safe_mebibytes(self.floor_budget)
+        return safe_mebibytes(self.floor_budget)
 
     @property
     def nominal_arena_bytes(self) -> int:
@@ -160,15 +161,16 @@ def make_plan(
         When the budget cannot hold the floor: dense weights, KV cache, compute buffers and twice the experts of one
         token of one layer. ``needed`` is the budget that would do.
     """
+    divide = partial(_divide, index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved)
     table = index.token_table
     if table is None or TABLE_SHARE * _rows_bytes(table, n_ubatch or DEFAULT_UBATCH) > table.n_bytes:
-        return _divide(index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved, None)
-    plan = _divide(index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved, table)
+        return divide(None)
+    plan = divide(table)
     if plan.resident_share < 1:
         return plan
     # With room to spare, no token waits for its row.
     try:
-        held = _divide(index, budget, footprint, process_bytes, n_ctx, n_ubatch, reserved, None)
+        held = divide(None)
     except BudgetError:
         return plan
     return replace(held, floor_budget=plan.floor_budget) if held.resident_share == 1 else plan
@@ -207,7 +209,7 @@ def _divide(
             f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(dense + rows_of(least))},"
             f" Python and llama.cpp {format_bytes(process_bytes + set_aside)},"
             f" KV cache and buffers {format_bytes(least.total)}, experts {format_bytes(pages.floor)});"
-            f" give --ram {_safe_mebibytes(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
+            f" give --ram {safe_mebibytes(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
             needed=floor_budget,
         )
 
@@ -279,12 +281,16 @@ def _divide(
 
 def _rows_bytes(table: Tensor, n_ubatch: int) -> int:
     """Pages for the rows of two batches at worst: this one's, and what those before it left."""
-    page, row_bytes = page_size(), table.row_bytes
-    pages = row_bytes // page if row_bytes % page == 0 and table.offset % page == 0 else -(-row_bytes // page) + 1
-    return 2 * max(n_ubatch, LEAST_ROWS) * pages * page
+    return 2 * max(n_ubatch, LEAST_ROWS) * _pages_of_one(table.row_bytes, table.offset)
 
 
-def _safe_mebibytes(floor_budget: int) -> int:
+def _pages_of_one(n_bytes: int, offset: int) -> int:
+    """Bytes of the whole pages that any one of many pieces of that size takes, which begin at that offset."""
+    page = page_size()
+    return -(-n_bytes // page) * page + (page if n_bytes % page or offset % page else 0)
+
+
+def safe_mebibytes(floor_budget: int) -> int:
     """Round up to what is enough in every process: what Python takes differs by a quarter of a MiB between two."""
     return -(-(floor_budget + MIB // 4) // MIB)
 
@@ -346,9 +352,7 @@ class _SlabPages:
         self._layers: dict[int, list[tuple[int, int]]] = {}  # for each expert tensor: pages of one slab, of all
         self._used: dict[int, int] = {}
         for tensor in index.experts:
-            slab = -(-tensor.slab_bytes // page) * page
-            if tensor.slab_bytes % page or tensor.offset % page:
-                slab += page
+            slab = _pages_of_one(tensor.slab_bytes, tensor.offset)
             span = -(-(tensor.offset + tensor.n_bytes) // page) * page - tensor.offset // page * page
             self._layers.setdefault(tensor.layer, []).append((slab, span))
             self._used[tensor.layer] = index.n_expert_used[tensor.layer]

@@ -63,7 +63,7 @@ class Geometry:
 
         `rest` [P] is the squared length of each point's part outside of the space.
         """
-        squares = (points**2).sum(1)[:, None] + (self.means**2).sum(1) - 2 * points @ self.means.T
+        squares = squared_distances(points, self.means)
         along = (points @ self.wide.T)[:, None] - self.means @ self.wide.T
         nearest: Floats = np.maximum(squares - along**2 @ (1 - self.factors), 0.0).min(1)
         distances: Floats = (nearest + rest) / self.noise

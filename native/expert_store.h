@@ -6,9 +6,8 @@
 // down or gate_up). The *arena* is the memory that all slabs together may occupy.
 //
 // Contract
-// - A page that neighbouring slabs share is read with the first of them (or with both, while both are on their way: the
-//   same bytes), and goes back to the system with the last. Direct reads write nothing else; pread only the slab's
-//   bytes.
+// - A page that neighbouring slabs share goes back to the system with the last of them. Each read writes its own slab's
+//   bytes and no other; in mmap mode such a page is mapped with the first.
 // - `request` has the asked slabs read, `wait` returns once those of some parts are in place; they stay there until the
 //   next `request` or `release`. `acquire` is both. They throw SystemError when the slabs cannot be had; nothing
 //   half-read counts as resident afterwards.

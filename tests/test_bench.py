@@ -133,7 +133,7 @@ def test_a_budget_that_is_too_small_is_refused_as_it_was_given(stage: Stage) -> 
         stage.run(("fits", "16x"), ("all",))
     found = str(refused.value)
     assert found.startswith("--ram 16x (1.95 MiB) is too small for tiny-moe-q4_k_m.gguf with a prompt and tokens of 48")
-    assert found.endswith("; give --ram 3MiB, or fewer of --prompt and --tokens") and "--ctx" not in found
+    assert found.endswith("; give --ram 4MiB, or fewer of --prompt and --tokens") and "--ctx" not in found
     assert not stage.order
 
 
