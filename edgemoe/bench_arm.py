@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -50,6 +51,8 @@ USUAL_ARMS = tuple(arm for arm in ARMS if arm != "blind")
 
 _CHILD = [sys.executable, "-m", "edgemoe.bench_child"]
 _LEAVE_SECONDS = 60
+_PLAIN_ENVIRONMENT = {"GOMP_SPINCOUNT": "300000"}
+"""What libgomp does unless told otherwise; `edgemoe.llama_library` would tell it."""
 
 
 class ArmError(EdgemoeError):
@@ -143,6 +146,7 @@ class Arm:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            env=_PLAIN_ENVIRONMENT | os.environ if self.name == PLAIN else None,
         )
         try:
             self.ready = self._answer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -45,6 +46,11 @@ def require_version() -> None:
 
 
 require_version()
+
+# OpenMP's threads wait for each other by spinning for milliseconds, longer than any barrier takes. While one of them
+# waits for an expert, those who read it need the processor. libgomp reads these when it is loaded.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 from llama_cpp import Llama as PlainLlama  # noqa: E402
 from llama_cpp import _internals, _logger  # noqa: E402

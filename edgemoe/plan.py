@@ -14,6 +14,7 @@ from functools import partial
 from edgemoe.errors import BudgetError
 from edgemoe.index import ExpertIndex, Tensor
 from edgemoe.memory import Budget, format_bytes, page_size
+from edgemoe.slab_pages import SlabPages, pages_of_one
 
 MIB = 1 << 20
 
@@ -187,7 +188,7 @@ def _divide(
     table: Tensor | None,
 ) -> ExpertPlan:
     """Divide a budget, with this table read by rows, or every dense weight held."""
-    pages = _SlabPages(index)
+    pages = SlabPages(index)
     set_aside = sum(line.bytes for line in reserved)
     dense = index.dense_bytes - (table.n_bytes if table else 0)
     fixed = process_bytes + dense + set_aside
@@ -212,6 +213,9 @@ def _divide(
             f" give --ram {safe_mebibytes(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
             needed=floor_budget,
         )
+
+    spread = min(pages.spread(space, widest), space - least.total - rows_of(least) - pages.floor)
+    tables, space = tables + spread, space - spread
 
     def arena_for(shape: Footprint) -> int:
         return min((space - shape.total - rows_of(shape)) // page_size() * page_size(), pages.total)
@@ -257,7 +261,7 @@ def _divide(
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
         *reserved,
         PlanLine("expert arena", arena, f"{share:.0%} of {format_bytes(index.expert_bytes)} of experts"),
-        PlanLine("page tables", tables, "the kernel's map of all experts and weights"),
+        PlanLine("page tables", tables, "the kernel's map of all experts and weights, llama.cpp's of a batch"),
         PlanLine("headroom", headroom, "never planned for: allocator and Python growth"),
         PlanLine(
             "left free",
@@ -281,13 +285,7 @@ def _divide(
 
 def _rows_bytes(table: Tensor, n_ubatch: int) -> int:
     """Pages for the rows of two batches at worst: this one's, and what those before it left."""
-    return 2 * max(n_ubatch, LEAST_ROWS) * _pages_of_one(table.row_bytes, table.offset)
-
-
-def _pages_of_one(n_bytes: int, offset: int) -> int:
-    """Bytes of the whole pages that any one of many pieces of that size takes, which begin at that offset."""
-    page = page_size()
-    return -(-n_bytes // page) * page + (page if n_bytes % page or offset % page else 0)
+    return 2 * max(n_ubatch, LEAST_ROWS) * pages_of_one(table.row_bytes, table.offset)
 
 
 def safe_mebibytes(floor_budget: int) -> int:
@@ -302,7 +300,7 @@ def headroom_of(budget_bytes: int) -> int:
 
 def expert_pages(index: ExpertIndex) -> tuple[int, ...]:
     """Memory that one expert of each MoE layer takes in the arena, at most, bytes."""
-    return _SlabPages(index).of_one_expert()
+    return SlabPages(index).of_one_expert()
 
 
 def kernel_scratch(index: ExpertIndex, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
@@ -338,43 +336,6 @@ def _halves(n: int) -> Iterator[int]:
 def _context_sizes(shortest: int, longest: int) -> list[int]:
     """Give the model's own context and those of its halves that are longer than the shortest, upwards."""
     return [size for size in _halves(longest) if size > shortest][::-1]
-
-
-class _SlabPages:
-    """Pages that experts occupy, rounded as the native store rounds them, bytes.
-
-    A slab that does not start on a page shares its first and last page with its neighbours; counted for itself it
-    may need one page more than its size.
-    """
-
-    def __init__(self, index: ExpertIndex) -> None:
-        page = page_size()
-        self._layers: dict[int, list[tuple[int, int]]] = {}  # for each expert tensor: pages of one slab, of all
-        self._used: dict[int, int] = {}
-        for tensor in index.experts:
-            slab = _pages_of_one(tensor.slab_bytes, tensor.offset)
-            span = -(-(tensor.offset + tensor.n_bytes) // page) * page - tensor.offset // page * page
-            self._layers.setdefault(tensor.layer, []).append((slab, span))
-            self._used[tensor.layer] = index.n_expert_used[tensor.layer]
-        self.total = sum(span for slabs in self._layers.values() for _, span in slabs)
-        # Twice one token's experts: the next layer's can arrive while this layer's are in use.
-        self.floor = min(2 * self.whole(1), self.total)
-
-    def of_one_expert(self) -> tuple[int, ...]:
-        """All parts of one expert of each layer, layers ascending."""
-        return tuple(sum(slab for slab, _ in self._layers[layer]) for layer in sorted(self._layers))
-
-    def whole(self, n_ubatch: int) -> int:
-        """Worst case of one layer's experts for a batch, all parts at once."""
-        return max(sum(self._for_batch(layer, n_ubatch)) for layer in self._layers)
-
-    def one_tensor(self, n_ubatch: int) -> int:
-        """Worst case of one expert tensor's share for a batch."""
-        return max(max(self._for_batch(layer, n_ubatch)) for layer in self._layers)
-
-    def _for_batch(self, layer: int, n_ubatch: int) -> Iterator[int]:
-        for slab, span in self._layers[layer]:
-            yield min(n_ubatch * self._used[layer] * slab, span)
 
 
 def _notes(

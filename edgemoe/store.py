@@ -98,7 +98,8 @@ class Tuning:
     Attributes
     ----------
     recycle : bool
-        Memory of experts that leave is given to those that come, instead of back to the system.
+        Experts take turns in fixed places, or at least in the memory of those that leave, instead of giving it back to
+        the system.
     overlap : bool
         A layer computes while its later parts are still arriving.
     look_ahead : bool

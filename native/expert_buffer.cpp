@@ -109,6 +109,7 @@ void ExpertBuffer::restore_names() {
     }
     renamed_.clear();
     loaded_ = true;
+    store_.use_slots();
 }
 
 }  // namespace edgemoe

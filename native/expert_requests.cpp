@@ -8,6 +8,9 @@
 namespace edgemoe {
 
 bool ExpertStore::fits(int layer, uint32_t parts, const std::vector<int32_t>& experts) const {
+    if (slots_.laid_out()) {
+        return true;  // any layer as a whole
+    }
     const Layer& its = in(layer);
     std::vector<bool> seen(its.n_expert, false);
     uint64_t bytes = 0;
@@ -94,6 +97,7 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     settle_expectations(layer);
     jobs_.clear();
     serving_ = its.number;
+    served_layer_ = layer;
     sparing_ = !counted;
     order_->seek(serving_);
     try {
@@ -231,7 +235,10 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
             expected_.push_back(entry);
         }
     }
-    // The victims of the last request go on: who was none then is none now.
+    // The victims of the last request go on: who was none then is none now, unless others were asked for.
+    if (slots_.laid_out() && !slots_.same_kind(layer, served_layer_)) {
+        order_->seek(serving_);
+    }
     jobs_.clear();
     try {
         bool room = true;

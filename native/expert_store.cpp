@@ -92,6 +92,27 @@ std::byte* ExpertStore::place(int id, std::byte* region) {
     return data;
 }
 
+void ExpertStore::use_slots() {
+    if (!all_fit_ && io_ != Io::mmap && tuning_.recycle) {
+        slots_.lay_out(slabs_, arena_bytes_);
+    }
+}
+
+SlotView ExpertStore::slots_of(int id) const {
+    const Tensor& tensor = tensor_of(id);
+    return {slots_.address(tensor, 0), slots_.stride(tensor), slots_.n_slots(tensor.spec.layer)};
+}
+
+int32_t ExpertStore::slot(int layer, int32_t expert) const {
+    check_experts(layer, {expert});
+    const int32_t slot = entries_[in(layer).first_entry + expert].slot;
+    if (slot == Slots::kNone) {
+        throw SystemError("layer " + std::to_string(layer) + " uses expert " + std::to_string(expert) +
+                          " that was not asked for; this architecture needs a newer edgemoe");
+    }
+    return slot;
+}
+
 void ExpertStore::read_dense(int id, std::byte* to) {
     const TensorSpec& spec = tensor(id);
     const MappedFile& file = slabs_.file_of(tensor_of(id));
@@ -151,21 +172,28 @@ void ExpertStore::add(int32_t entry, int part) {
     const Layer& its = in(entries_[entry].layer);
     const Tensor& tensor = tensor_of(its.tensors[part]);
     const int expert = entry - its.first_entry;
-    const Pages missing = exclusive_pages(tensor, expert);
-    resident_bytes_ += missing.bytes();
+    const int32_t slab = slab_of(entry, part);
+    const uint64_t at = static_cast<uint64_t>(expert) * tensor.slab_bytes;
     entries_[entry].resident |= static_cast<uint8_t>(1U << part);
     ++resident_slabs_[entries_[entry].layer];
-    unverified_.push_back(slab_of(entry, part));
+    unverified_.push_back(slab);
+    lanes_.forget(slab);
+    const MappedFile& file = slabs_.file_of(tensor);
+    if (slots_.laid_out()) {
+        int32_t& slot = entries_[entry].slot;
+        slot = slot != Slots::kNone ? slot : slots_.take(entries_[entry].layer);
+        resident_bytes_ += slots_.stride(tensor);
+        plan_read(file, tensor.spec.offset + at, slots_.address(tensor, slot), tensor.slab_bytes, io_, slab, part);
+        return;
+    }
+    const Pages missing = exclusive_pages(tensor, expert);
+    resident_bytes_ += missing.bytes();
     const Pages own = Slabs::own_pages(tensor, expert);
     Slabs::each_shared(missing, own, [this](std::byte* page) { idle_.take(page); });
     if (own.bytes() > 0) {
         spares_.take(own.begin(), own.bytes());
     }
-    const int32_t slab = slab_of(entry, part);
-    lanes_.forget(slab);
-    const MappedFile& file = slabs_.file_of(tensor);
     if (io_ != Io::mmap) {
-        const uint64_t at = static_cast<uint64_t>(expert) * tensor.slab_bytes;
         plan_read(file, tensor.spec.offset + at, tensor.data + at, tensor.slab_bytes, io_, slab, part);
     } else if (missing.bytes() > 0) {
         // Resident slabs only: around a fault the kernel maps whatever else of the mapping is in its page cache.
@@ -185,10 +213,18 @@ void ExpertStore::plan_read(const MappedFile& file, uint64_t offset, std::byte* 
     }
 }
 
+bool ExpertStore::lacks_room(const Tensor& tensor, int expert) const {
+    if (slots_.laid_out()) {
+        const int32_t slot = entries_[in(tensor.spec.layer).first_entry + expert].slot;
+        return slot == Slots::kNone && !slots_.has_room(tensor.spec.layer);
+    }
+    return resident_bytes_ + idle_.bytes() + exclusive_pages(tensor, expert).bytes() > arena_bytes_;
+}
+
 // False: nothing that may leave is left.
 bool ExpertStore::make_room(const Tensor& tensor, int expert) {
     // Asked again after each eviction: dropping a neighbour can leave a shared page to this slab.
-    while (resident_bytes_ + idle_.bytes() + exclusive_pages(tensor, expert).bytes() > arena_bytes_) {
+    while (lacks_room(tensor, expert)) {
         const int32_t victim = order_->next_victim();
         if (victim == Eviction::kNone) {
             if (idle_.bytes() > 0) {
@@ -202,7 +238,9 @@ bool ExpertStore::make_room(const Tensor& tensor, int expert) {
             continue;
         }
         const uint32_t parts = removable_parts(victim);
-        if (parts != 0) {
+        const bool of_use = !slots_.laid_out() || (slots_.same_kind(entries_[victim].layer, tensor.spec.layer) &&
+                                                   parts == entries_[victim].resident);
+        if (parts != 0 && of_use) {
             evictions_ += static_cast<uint64_t>(__builtin_popcount(parts));
             drop(victim, parts);
         }
@@ -235,6 +273,9 @@ void ExpertStore::drop(int32_t entry, uint32_t parts) {
             drop_pages(tensor, expert);
         }
     }
+    if (entries_[entry].resident == 0 && entries_[entry].slot != Slots::kNone) {
+        slots_.give(entries_[entry].layer, std::exchange(entries_[entry].slot, Slots::kNone));
+    }
     // A pinned entry is about to get other parts: it has to stay a victim for later.
     if (entries_[entry].resident == 0 && entries_[entry].pinned == 0) {
         order_->remove(entry);
@@ -243,6 +284,10 @@ void ExpertStore::drop(int32_t entry, uint32_t parts) {
 }
 
 void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
+    if (slots_.laid_out()) {
+        resident_bytes_ -= slots_.stride(tensor);
+        return;
+    }
     const Pages pages = exclusive_pages(tensor, expert);
     if (pages.bytes() == 0) {
         return;

@@ -13,6 +13,8 @@
 //   half-read counts as resident afterwards.
 // - `expect` has slabs read that are likely to be asked for next, after all that is asked for.
 // - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met.
+// - A slab is at its place, or in a slot of its own (`use_slots`): then `slots_of` and `slot` say where, until it
+// leaves.
 // - One thread calls all of these at a time. `stats` may be read from any thread at any time.
 // - Direct, mmap and pread give identical bytes; they differ in speed and in what the page cache sees.
 // - The destructor joins all threads. The memory itself belongs to the buffer that placed the tensors.
@@ -31,10 +33,18 @@
 #include "page_queue.h"
 #include "read_lanes.h"
 #include "slabs.h"
+#include "slots.h"
 #include "spare_pages.h"
 #include "table_rows.h"
 
 namespace edgemoe {
+
+// Where the slots of one expert tensor are (Slots).
+struct SlotView {
+    std::byte* first;
+    uint64_t stride;
+    int32_t n_slots;
+};
 
 struct StoreStats {
     uint64_t hits = 0;            // slabs asked for that were in memory or on their way
@@ -54,7 +64,7 @@ struct StoreStats {
 
 // What is done beyond reading on demand; with nothing of it, the store is the control of measurements.
 struct Tuning {
-    bool recycle = true;     // memory of slabs that leave is given to those that come (SparePages)
+    bool recycle = true;     // memory of slabs that leave is given to those that come (Slots, else SparePages)
     bool overlap = true;     // a layer computes while its later parts are still arriving
     bool look_ahead = true;  // experts are read before they are asked for: the next layer's, or the rest of this one's
     bool forecast = true;    // who leaves is whoever is least likely to be used soon, not least recently used
@@ -83,6 +93,12 @@ class ExpertStore {
     void read_dense(int id, std::byte* to);                             // blocking; for tensors that are not experts
     void read_rows(int id, const std::vector<int32_t>& rows);           // blocking; of a table that is read by rows
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
+    // Once all is placed: where not all experts fit, have them in slots from now on instead of at their places, if they
+    // can be (Slots). Their bytes are to be found there alone.
+    void use_slots();
+    bool in_slots() const { return slots_.laid_out(); }
+    SlotView slots_of(int id) const;
+    int32_t slot(int layer, int32_t expert) const;  // of one that was asked for; throws SystemError otherwise
 
     // -------- serve
     int n_parts(int layer) const {
@@ -141,12 +157,14 @@ class ExpertStore {
         bool expected = false;  // its layer has not been asked for since
         bool unused = false;    // it came because it was expected, and has not been asked for yet
         bool preferred = false;
+        int32_t slot = Slots::kNone;
     };
     const Layer& in(int layer) const { return slabs_.layers()[layer]; }
     const Tensor& tensor_of(int id) const { return slabs_.tensors()[id]; }
     Pages exclusive_pages(const Tensor& tensor, int expert) const;
     bool is_resident(const Tensor& tensor, int expert) const;
     bool make_room(const Tensor& tensor, int expert);  // after `order_->seek`
+    bool lacks_room(const Tensor& tensor, int expert) const;
     uint32_t removable_parts(int32_t entry) const;
     bool secure(int32_t entry, int part);
     void settle_expectations(int layer);
@@ -168,6 +186,7 @@ class ExpertStore {
     const Tuning tuning_;
     const uint64_t read_bytes_;
     Slabs slabs_;
+    Slots slots_;
     std::vector<Entry> entries_;
     std::vector<int32_t> resident_slabs_;  // by layer
     std::vector<int32_t> pinned_;
@@ -177,6 +196,7 @@ class ExpertStore {
     std::unique_ptr<Eviction> order_;
     bool sparing_ = false;  // preferred ones are no victims
     int serving_ = 0;       // number of the layer that was asked for last
+    int served_layer_ = 0;  // itself
     SparePages spares_;
     PageQueue idle_;                   // between two slabs that left: giving one back interrupts all who compute
     std::map<int, TableRows> tables_;  // by tensor

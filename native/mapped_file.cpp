@@ -238,6 +238,15 @@ void use_small_pages(std::byte* base, size_t n) {
 #endif
 }
 
+void use_huge_pages(std::byte* base, size_t n) {
+#if defined(MADV_HUGEPAGE)
+    ::madvise(base, n, MADV_HUGEPAGE);
+#else
+    static_cast<void>(base);
+    static_cast<void>(n);
+#endif
+}
+
 void discard(std::byte* base, size_t n) {
     if (n == 0) {
         return;

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "numbers.h"
+
 namespace edgemoe {
 
 namespace {
@@ -34,31 +36,11 @@ bool RouterHook::on_abort(void* self) { return static_cast<RouterHook*>(self)->s
 // True: compute up to and including this node, then call `after_node`.
 bool RouterHook::before_node(ggml::Tensor* node) {
     if (node->op == api_.op_mul_mat_id) {
-        const int id = buffer_.expert_tensor(node->src[0]);
+        const int id = stand_ins_.expert_tensor(node->src[0]);
         if (id >= 0) {
-            const int layer = store_.tensor(id).layer;
-            if (layer == skipping_.postponed_layer()) {
-                fail(Skipping::refusal(layer));
-                return true;
-            }
-            if (staged_ && layer == served_layer_) {
-                // Each user of experts is computed at once, so none of those asked about earlier still needs its own.
-                store_.acquire(layer, 1U << store_.part_of(id), ids_);
-                return true;
-            }
-            if (layer == served_layer_ && arriving_ != 0) {
-                const uint32_t part = 1U << store_.part_of(id);
-                if ((arriving_ & part) != 0) {
-                    store_.wait(part);
-                    arriving_ &= ~part;
-                }
-                if (arriving_ != 0) {
-                    return true;  // computed at once, so that the disk works on the others meanwhile
-                }
-            }
-            if (layer != served_layer_ && !store_.settled(layer)) {
-                fail("layer " + std::to_string(layer) + " uses experts that its router never announced; " +
-                     "this architecture needs a newer edgemoe");
+            const bool at_once = before_experts(store_.tensor(id).layer, store_.part_of(id));
+            stand_ins_.put_in(node, id);
+            if (at_once) {
                 return true;
             }
         }
@@ -75,6 +57,31 @@ bool RouterHook::before_node(ggml::Tensor* node) {
         skipping_.learn(is.layer, node);
     }
     return wants(node, is);
+}
+
+// True: have the node that multiplies this part computed at once.
+bool RouterHook::before_experts(int layer, int part) {
+    if (layer == skipping_.postponed_layer()) {
+        throw SystemError(Skipping::refusal(layer));
+    }
+    if (layer != served_layer_) {
+        if (!store_.settled(layer)) {
+            throw SystemError("layer " + std::to_string(layer) + " uses experts that its router never announced; " +
+                              "this architecture needs a newer edgemoe");
+        }
+        return false;
+    }
+    const uint32_t bit = 1U << part;
+    if (staged_) {
+        // Each user of experts is computed at once, so none of those asked about earlier still needs its own.
+        store_.acquire(layer, bit, ids_);
+        return true;
+    }
+    if ((arriving_ & bit) != 0) {
+        store_.wait(bit);
+        arriving_ &= ~bit;
+    }
+    return arriving_ != 0;  // so that the disk works on the others meanwhile
 }
 
 // The tokens are the graph's input: known before any of it is computed.
@@ -261,19 +268,6 @@ void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {
     const std::vector<int32_t> told = routes_.predicted(layer, n_tokens);
     store_.expect(layer, told.empty() ? look_ahead_.guess(layer, top_k, n_tokens)
                                       : look_ahead_.guess_from(layer, told, static_cast<size_t>(top_k->ne[0])));
-}
-
-// The ids are a strided view of the argsort: [n_expert_used, n_tokens], row stride nb[1].
-void RouterHook::read_numbers(const ggml::Tensor* from, std::vector<int32_t>& to) {
-    to.clear();
-    for (int64_t row = 0; row < from->ne[1]; ++row) {
-        const char* start = static_cast<const char*>(from->data) + static_cast<size_t>(row) * from->nb[1];
-        for (int64_t k = 0; k < from->ne[0]; ++k) {
-            int32_t number = 0;
-            std::memcpy(&number, start + static_cast<size_t>(k) * from->nb[0], sizeof(number));
-            to.push_back(number);
-        }
-    }
 }
 
 void RouterHook::watch(const std::vector<int>& layers, bool outputs) {

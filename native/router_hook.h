@@ -26,13 +26,19 @@
 #include "look_ahead.h"
 #include "router_trace.h"
 #include "skipping.h"
+#include "stand_ins.h"
 
 namespace edgemoe {
 
 class RouterHook {
    public:
     RouterHook(ExpertStore& store, const ExpertBuffer& buffer, const ggml::Api& api)
-        : store_(store), buffer_(buffer), api_(api), skipping_(store), look_ahead_(store, buffer) {}
+        : store_(store),
+          buffer_(buffer),
+          api_(api),
+          skipping_(store),
+          look_ahead_(store, buffer),
+          stand_ins_(store, buffer) {}
 
     static bool on_node(ggml::Tensor* node, bool ask, void* self);  // ggml_backend_sched_eval_callback
     static bool on_abort(void* self);                               // ggml_abort_callback
@@ -56,6 +62,7 @@ class RouterHook {
 
    private:
     bool before_node(ggml::Tensor* node);
+    bool before_experts(int layer, int part);
     bool after_node(ggml::Tensor* node);
     bool wants(const ggml::Tensor* node, Node is) const;
     bool select(int layer, ggml::Tensor* top_k);
@@ -64,7 +71,6 @@ class RouterHook {
     void complete(int layer, int64_t n_tokens);
     void look_ahead(int layer, const ggml::Tensor* top_k);
     void read_table(const ggml::Tensor* node);
-    static void read_numbers(const ggml::Tensor* from, std::vector<int32_t>& to);
     void fail(const std::string& what);
 
     ExpertStore& store_;
@@ -75,6 +81,7 @@ class RouterHook {
     ForcedRoutes routes_;
     Skipping skipping_;
     LookAhead look_ahead_;
+    StandIns stand_ins_;
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
     std::vector<int32_t> ids_, rows_;

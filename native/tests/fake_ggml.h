@@ -51,6 +51,16 @@ inline Tensor make_tensor(int type, const std::string& name, std::vector<int64_t
     return tensor;
 }
 
+// Where a MUL_MAT_ID finds the expert that was selected for a token as the slot-th.
+inline const std::byte* selected(const Tensor& product, size_t token, size_t slot) {
+    const Tensor &experts = *product.src[0], &ids = *product.src[2];
+    CHECK_EQUAL(ids.nb[0], sizeof(int32_t));
+    int32_t id = -1;
+    std::memcpy(&id, static_cast<const char*>(ids.data) + token * ids.nb[1] + slot * ids.nb[0], sizeof(id));
+    CHECK(0 <= id && id < experts.ne[2]);
+    return static_cast<const std::byte*>(experts.data) + static_cast<size_t>(id) * experts.nb[2];
+}
+
 // A context owns its tensors, as ggml's does.
 inline std::deque<Tensor>*& open_context() {
     static std::deque<Tensor>* tensors = nullptr;

@@ -62,8 +62,8 @@ class OneExpert {
     bool done(Tensor& node) { return RouterHook::on_node(&node, false, running.hook.get()); }
     bool holds(size_t part) const {
         const uint64_t n = model_.slab_bytes(0, part);
-        const auto* data = static_cast<const std::byte*>(products[part].src[0]->data);
-        return std::memcmp(data + 3 * n, model_.bytes_of(model_.id_of(0, part)) + 3 * n, n) == 0;
+        return std::memcmp(fake_ggml::selected(products[part], 0, 0), model_.bytes_of(model_.id_of(0, part)) + 3 * n,
+                           n) == 0;
     }
 
    private:

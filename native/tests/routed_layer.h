@@ -220,11 +220,11 @@ class RoutedLayer {
             return;
         }
         const uint64_t n = running.model_.slab_bytes(layer, part);
-        const auto* data = static_cast<const std::byte*>(product.src[0]->data);
         for (size_t token = 0; token < n_tokens; ++token) {
             for (size_t slot = 0; slot < kUsed; ++slot) {
                 const auto at = static_cast<uint64_t>(ranking_[token * kExperts + slot]) * n;
-                CHECK(std::memcmp(data + at, running.model_.bytes_of(running.model_.id_of(layer, part)) + at, n) == 0);
+                CHECK(std::memcmp(fake_ggml::selected(product, token, slot),
+                                  running.model_.bytes_of(running.model_.id_of(layer, part)) + at, n) == 0);
             }
         }
         answers_[part] = outputs;

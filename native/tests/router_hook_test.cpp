@@ -1,6 +1,7 @@
 #include "router_hook.h"
 
 #include <atomic>
+#include <set>
 #include <thread>
 
 #include "check.h"
@@ -27,9 +28,11 @@ std::vector<std::vector<int32_t>> random_ids(std::mt19937& random, size_t n_toke
     return ids;
 }
 
-void serve_tokens(Io io, uint64_t slab_bytes, uint64_t arena_bytes, size_t n_tokens, bool staged) {
+void serve_tokens(Io io, uint64_t slab_bytes, uint64_t arena_bytes, size_t n_tokens, bool staged,
+                  bool in_slots = false) {
     const TinyModel model = moe_model(slab_bytes);
     Running running(model, io, arena_bytes);
+    CHECK_EQUAL(running.store->in_slots(), in_slots);
     std::mt19937 random(9);
     for (int batch = 0; batch < 20; ++batch) {
         Graph graph;
@@ -64,6 +67,8 @@ TEST(whole_layers_pread) { serve_tokens(Io::pread, 2 * page_size(), slab_pages(1
 TEST(staged_layers_direct) { serve_tokens(Io::direct, 2 * page_size(), slab_pages(8), 5, true); }
 TEST(staged_layers_mmap) { serve_tokens(Io::mmap, 2 * page_size(), slab_pages(8), 5, true); }
 TEST(staged_layers_pread) { serve_tokens(Io::pread, 2 * page_size(), slab_pages(8), 5, true); }
+TEST(whole_layers_in_slots_direct) { serve_tokens(Io::direct, 2 * page_size(), slab_pages(27), 1, false, true); }
+TEST(whole_layers_in_slots_pread) { serve_tokens(Io::pread, 2 * page_size(), slab_pages(27), 5, false, true); }
 TEST(staged_odd_slabs) { serve_tokens(Io::pread, 777, 6 * page_size(), 4, true); }
 TEST(everything_fits) { serve_tokens(Io::pread, 777, kPlenty, 6, false); }
 
@@ -78,6 +83,33 @@ TEST(staged_part_may_be_used_twice) {
     CHECK_EQUAL(running.hook->take_failure(), "");
     CHECK_EQUAL(running.n_products, 9);
     CHECK_EQUAL(running.hook->staged_layers(), 1U);
+}
+
+// llama.cpp keeps the graph of a token for the next one, whose experts are in other slots.
+TEST(graph_that_is_computed_again_finds_its_experts) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::pread, slab_pages(27));
+    CHECK(running.store->in_slots());
+    Graph again;
+    running.add_layer(again, 0, {{2, 5}});
+    std::set<int32_t> slots;
+    for (int32_t other = 0; other < 6; ++other) {
+        running.hook->begin();
+        CHECK(again.run(*running.hook));
+        CHECK_EQUAL(running.hook->take_failure(), "");
+        slots.insert(running.store->slot(0, 2));
+        CHECK(run_once(running, 2, {0, 1, 2, 3, 4, 5, 6, 7}));
+    }
+    CHECK(slots.size() > 1);
+    CHECK_EQUAL(running.n_products, 6 * 6);
+}
+
+TEST(expert_that_was_not_asked_for_has_no_slot) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::pread, slab_pages(27));
+    CHECK(run_once(running, 0, {2, 5}));
+    CHECK_REFUSED(running.store->slot(0, 3), "layer 0 uses expert 3 that was not asked for");
+    CHECK_REFUSED(running.store->slot(0, 8), "expert 8 of 8");
 }
 
 TEST(other_names_are_ignored) {

@@ -79,11 +79,10 @@ class Running {
                     return;  // ggml still computes the node that failed, without its experts; nobody sees the result
                 }
                 const uint64_t n = model_.slab_bytes(layer, part);
-                const auto* data = static_cast<const std::byte*>(node->src[0]->data);
-                for (const std::vector<int32_t>& row : ids) {
-                    for (const int32_t expert : row) {
-                        const uint64_t at = static_cast<uint64_t>(expert) * n;
-                        CHECK(std::memcmp(data + at, model_.bytes_of(id) + at, n) == 0);
+                for (size_t token = 0; token < ids.size(); ++token) {
+                    for (size_t slot = 0; slot < ids[token].size(); ++slot) {
+                        const uint64_t at = static_cast<uint64_t>(ids[token][slot]) * n;
+                        CHECK(std::memcmp(fake_ggml::selected(*node, token, slot), model_.bytes_of(id) + at, n) == 0);
                     }
                 }
                 ++n_products;

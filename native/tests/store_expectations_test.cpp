@@ -89,13 +89,31 @@ TinyModel awkward_model(uint64_t seed) {
         seed};
 }
 
+// Slabs of whole pages, in layers of two kinds.
+TinyModel even_model(uint64_t seed) {
+    const uint64_t page = page_size();
+    return {{{16, {page, 2 * page}},
+             {0, {}},
+             {12, {page, 2 * page}},
+             {8, {2 * page, page, 3 * page, page}},
+             {8, {2 * page, page, 3 * page, page}}},
+            {},
+            2,
+            seed};
+}
+
 // Guesses and requests in any order, with files that become shorter in between.
 class Interleaving {
    public:
-    Interleaving(Io io, int n_lanes, uint64_t arena_pages, Tuning tuning, uint32_t seed)
-        : model_(awkward_model(seed)),
+    Interleaving(TinyModel model, Io io, int n_lanes, uint64_t arena_pages, Tuning tuning, uint32_t seed)
+        : model_(std::move(model)),
           placed_(model_, io, n_lanes, arena_pages * page_size(), tuning, page_size()),
           random_(seed) {}
+
+    void use_slots() {
+        placed_->use_slots();
+        CHECK(placed_->in_slots());
+    }
 
     void run(int n_steps, bool with_faults) {
         for (int step = 0; step < n_steps; ++step) {
@@ -213,7 +231,25 @@ void interleave(Io io) {
                 tuning.recycle = seed % 3 != 0;
                 tuning.least_recycled = 0;
                 tuning.forecast = seed % 2 == 0;
-                Interleaving(io, n_lanes, arena_pages, tuning, seed++).run(150, with_faults);
+                Interleaving(awkward_model(seed), io, n_lanes, arena_pages, tuning, seed).run(150, with_faults);
+                ++seed;
+            }
+        }
+    }
+}
+
+void interleave_in_slots(Io io) {
+    const WithHeldDisk nothing_held;
+    uint32_t seed = 1;
+    for (const uint64_t arena_pages : {175U, 200U}) {
+        for (const int n_lanes : {1, 2, 4}) {
+            for (const bool with_faults : {false, true}) {
+                Tuning tuning;
+                tuning.forecast = seed % 2 == 0;
+                Interleaving interleaving(even_model(seed), io, n_lanes, arena_pages, tuning, seed);
+                interleaving.use_slots();
+                interleaving.run(150, with_faults);
+                ++seed;
             }
         }
     }
@@ -224,6 +260,8 @@ void interleave(Io io) {
 TEST(any_order_direct) { interleave(Io::direct); }
 TEST(any_order_mmap) { interleave(Io::mmap); }
 TEST(any_order_pread) { interleave(Io::pread); }
+TEST(any_order_in_slots_direct) { interleave_in_slots(Io::direct); }
+TEST(any_order_in_slots_pread) { interleave_in_slots(Io::pread); }
 
 TEST(right_guess_is_a_hit) {
     Layers layers(12);

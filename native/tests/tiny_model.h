@@ -114,6 +114,10 @@ class PlacedStore {
     uint64_t size() const { return size_; }
 
     std::byte* slab(int layer, size_t part, int expert) const {
+        if (store_->in_slots()) {
+            const edgemoe::SlotView view = store_->slots_of(static_cast<int>(model_.id_of(layer, part)));
+            return view.first + static_cast<uint64_t>(store_->slot(layer, expert)) * view.stride;
+        }
         return places_[model_.id_of(layer, part)] + static_cast<uint64_t>(expert) * model_.slab_bytes(layer, part);
     }
     bool holds(int layer, size_t part, int expert) const {

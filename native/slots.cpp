@@ -1,0 +1,139 @@
+#include "slots.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace edgemoe {
+
+namespace {
+
+constexpr uint64_t kHugePage = uint64_t{2} << 20;
+constexpr double kMostLent = 0.125;  // of the arena
+
+uint64_t stretch_bytes(uint64_t stride, int32_t n_slots) { return stride * static_cast<uint64_t>(n_slots); }
+
+std::byte* next_huge_page(std::byte* memory) {
+    const auto at = reinterpret_cast<uintptr_t>(memory);
+    return reinterpret_cast<std::byte*>((at + kHugePage - 1) / kHugePage * kHugePage);
+}
+
+}  // namespace
+
+Slots::~Slots() { clear(); }
+
+void Slots::clear() {
+    for (const Kind& kind : kinds_) {
+        for (const Part& part : kind.parts) {
+            if (part.memory != nullptr) {
+                release_memory(part.memory, stretch_bytes(part.stride, kind.n_slots) + kHugePage);
+            }
+        }
+    }
+    kinds_.clear();
+    kind_of_.clear();
+}
+
+void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes) {
+    if (!find_kinds(slabs) || !divide(arena_bytes)) {
+        clear();
+        return;
+    }
+    for (Kind& kind : kinds_) {
+        for (Part& part : kind.parts) {
+            const uint64_t n = stretch_bytes(part.stride, kind.n_slots);
+            part.memory = reserve_memory(n + kHugePage);
+            part.first = next_huge_page(part.memory);
+            use_huge_pages(part.first, n / kHugePage * kHugePage);  // none reaches beyond the last slot
+        }
+        kind.free.resize(static_cast<size_t>(kind.n_slots));
+        std::iota(kind.free.rbegin(), kind.free.rend(), 0);  // the first is taken first
+    }
+}
+
+// False: a slab is not whole pages.
+bool Slots::find_kinds(const Slabs& slabs) {
+    for (const Slabs::Layer& layer : slabs.layers()) {
+        kind_of_.push_back(kNone);
+        std::vector<Part> parts;
+        for (const int id : layer.tensors) {
+            const Slabs::Tensor& tensor = slabs.tensors()[id];
+            if (tensor.data == nullptr) {
+                parts.clear();
+                break;
+            }
+            if (tensor.slab_bytes % page_size() != 0) {
+                return false;
+            }
+            const bool on_page = tensor.spec.offset % page_size() == 0;
+            parts.push_back({tensor.slab_bytes, tensor.slab_bytes + (on_page ? 0 : page_size())});
+        }
+        if (parts.empty()) {
+            continue;
+        }
+        const auto same = [](const Part& a, const Part& b) { return a.slab_bytes == b.slab_bytes; };
+        auto kind = std::find_if(kinds_.begin(), kinds_.end(), [&](const Kind& of) {
+            return std::equal(of.parts.begin(), of.parts.end(), parts.begin(), parts.end(), same);
+        });
+        if (kind == kinds_.end()) {
+            kind = kinds_.insert(kinds_.end(), Kind{});
+            kind->parts = parts;
+        }
+        for (size_t part = 0; part < parts.size(); ++part) {
+            kind->parts[part].stride = std::max(kind->parts[part].stride, parts[part].stride);
+        }
+        kind->n_expert = std::max(kind->n_expert, layer.n_expert);
+        kind->n_slabs += layer.n_expert;
+        kind_of_.back() = static_cast<int>(kind - kinds_.begin());
+    }
+    return !kinds_.empty();
+}
+
+// Every kind has room for a whole layer, since a batch may choose all of it; those that get more than that share the
+// rest. False: what such small kinds need beyond their share is missed elsewhere.
+bool Slots::divide(uint64_t arena_bytes) {
+    const auto bytes_of = [](const Kind& kind, double n) { return n * static_cast<double>(kind.slot_bytes()); };
+    const auto arena = static_cast<double>(arena_bytes);
+    double all = 0;
+    for (const Kind& kind : kinds_) {
+        all += bytes_of(kind, kind.n_slabs);
+    }
+    const double share = std::min(1.0, arena / all);
+    double left = arena, others = 0, lent = 0;
+    for (Kind& kind : kinds_) {
+        if (share * kind.n_slabs < kind.n_expert) {
+            kind.n_slots = kind.n_expert;
+            left -= bytes_of(kind, kind.n_expert);
+            lent += bytes_of(kind, kind.n_expert - share * kind.n_slabs);
+        } else {
+            others += bytes_of(kind, kind.n_slabs);
+        }
+    }
+    for (Kind& kind : kinds_) {
+        if (kind.n_slots == 0) {
+            kind.n_slots = static_cast<int32_t>(std::min(1.0, left / others) * kind.n_slabs);
+        }
+        if (kind.n_slots < kind.n_expert) {
+            return false;
+        }
+    }
+    return lent <= kMostLent * arena;
+}
+
+uint64_t Slots::Kind::slot_bytes() const {
+    return std::accumulate(parts.begin(), parts.end(), uint64_t{0},
+                           [](uint64_t sum, const Part& part) { return sum + part.stride; });
+}
+
+int32_t Slots::take(int layer) {
+    std::vector<int32_t>& free = kinds_[kind_of_[layer]].free;
+    const int32_t slot = free.back();
+    free.pop_back();
+    return slot;
+}
+
+std::byte* Slots::address(const Slabs::Tensor& tensor, int32_t slot) const {
+    const Part& part = part_of(tensor);
+    return part.first + static_cast<uint64_t>(slot) * part.stride + tensor.spec.offset % page_size();
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,161 @@
+#include "slots.h"
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+#include <utility>
+
+#include "check.h"
+#include "tiny_model.h"
+
+using edgemoe::Io;
+using edgemoe::page_size;
+using edgemoe::Slabs;
+using edgemoe::Slots;
+
+namespace {
+
+constexpr uint64_t kHugePage = uint64_t{2} << 20;
+
+// The model's tensors at their places, in address space that nobody writes to.
+class Placed {
+   public:
+    explicit Placed(const TinyModel& model, std::set<size_t> left_out = {}) : slabs(Io::pread) {
+        for (const auto& file : model.files) {
+            slabs.add_file(file->path());
+        }
+        for (size_t id = 0; id < model.tensors.size(); ++id) {
+            slabs.add_tensor(model.tensors[id]);
+            if (left_out.count(id) == 0) {
+                const uint64_t n = slabs.place_size(static_cast<int>(id));
+                regions_.emplace_back(edgemoe::reserve_memory(n), n);
+                slabs.place(static_cast<int>(id), regions_.back().first);
+            }
+        }
+    }
+    ~Placed() {
+        for (const auto& [base, n] : regions_) {
+            edgemoe::release_memory(base, n);
+        }
+    }
+    Placed(const Placed&) = delete;
+    Placed& operator=(const Placed&) = delete;
+
+    const Slabs::Tensor& tensor(size_t id) const { return slabs.tensors()[id]; }
+    Slabs slabs;
+
+   private:
+    std::vector<std::pair<std::byte*, uint64_t>> regions_;
+};
+
+TinyModel two_kinds() {
+    const uint64_t page = page_size();
+    return {{{8, {page, 2 * page}}, {0, {}}, {6, {page, 2 * page}}, {10, {3 * page, page}}, {10, {3 * page, page}}},
+            {100},
+            1,
+            3};
+}
+
+}  // namespace
+
+TEST(slots_are_apart_and_within_the_arena) {
+    const TinyModel model = two_kinds();
+    const Placed placed(model);
+    const uint64_t arena = 160 * page_size();
+    Slots slots;
+    slots.lay_out(placed.slabs, arena);
+    CHECK(slots.laid_out());
+    CHECK(slots.same_kind(0, 2) && !slots.same_kind(0, 3));
+    std::set<std::pair<std::byte*, std::byte*>> taken;
+    uint64_t bytes = 0;
+    for (const int layer : {0, 3}) {
+        const int32_t n = slots.n_slots(layer);
+        CHECK(n >= (layer == 0 ? 8 : 10));
+        for (int32_t i = 0; i < n; ++i) {
+            CHECK(slots.has_room(layer));
+            const int32_t slot = slots.take(layer);
+            for (const size_t part : {0U, 1U}) {
+                const Slabs::Tensor& tensor = placed.tensor(model.id_of(layer, part));
+                std::byte* at = slots.address(tensor, slot);
+                CHECK_EQUAL(reinterpret_cast<uintptr_t>(at) % page_size(), tensor.spec.offset % page_size());
+                CHECK(at == slots.address(tensor, 0) + static_cast<uint64_t>(slot) * slots.stride(tensor));
+                std::memset(at, 1, tensor.slab_bytes);
+                taken.emplace(at, at + tensor.slab_bytes);
+                bytes += slots.stride(tensor);
+            }
+        }
+        CHECK(!slots.has_room(layer) && !slots.has_room(layer == 0 ? 2 : layer));
+    }
+    CHECK(bytes <= arena);
+    for (auto slab = taken.begin(); std::next(slab) != taken.end(); ++slab) {
+        CHECK(slab->second <= std::next(slab)->first);
+    }
+    slots.give(0, 3);
+    CHECK(slots.has_room(2) && !slots.has_room(3));
+    CHECK_EQUAL(slots.take(2), 3);
+}
+
+TEST(neighbours_that_begin_elsewhere_in_their_page_have_room) {
+    const TinyModel model = two_kinds();
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 160 * page_size());
+    const Slabs::Tensor& first = placed.tensor(model.id_of(0, 1));
+    const Slabs::Tensor& other = placed.tensor(model.id_of(2, 1));
+    CHECK(first.spec.offset % page_size() != other.spec.offset % page_size());
+    CHECK(slots.address(first, 4) + first.slab_bytes <= slots.address(other, 5));
+    CHECK(slots.address(other, 4) + other.slab_bytes <= slots.address(first, 5));
+}
+
+// Huge pages are committed whole: none may reach beyond what the arena has for the part.
+TEST(stretches_begin_at_huge_pages) {
+    const TinyModel model({{8, {kHugePage / 2}}, {8, {kHugePage / 2}}}, {}, 1, 5);
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 12 * kHugePage / 2);
+    CHECK(slots.laid_out());
+    const Slabs::Tensor& tensor = placed.tensor(model.id_of(0, 0));
+    CHECK_EQUAL(reinterpret_cast<uintptr_t>(slots.address(tensor, 0)) % kHugePage, tensor.spec.offset % page_size());
+}
+
+TEST(slabs_that_are_not_whole_pages_get_none) {
+    const TinyModel model({{8, {page_size(), page_size() + 32}}, {8, {page_size(), page_size()}}}, {}, 1, 1);
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 40 * page_size());
+    CHECK(!slots.laid_out());
+}
+
+TEST(a_layer_that_would_not_fit_means_none) {
+    const TinyModel model = two_kinds();
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 40 * page_size());
+    CHECK(!slots.laid_out());
+}
+
+TEST(a_kind_of_one_layer_holds_it_whole_unless_that_takes_too_much) {
+    const uint64_t page = page_size();
+    std::vector<TinyLayer> layers(9, {8, {page, page}});
+    layers.push_back({8, {2 * page, page}});
+    const TinyModel model(layers, {}, 1, 1);
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 200 * page_size());
+    CHECK(slots.laid_out());
+    CHECK_EQUAL(slots.n_slots(9), 8);
+    CHECK(slots.n_slots(0) >= 36 && slots.n_slots(0) < 72);
+    Slots others;
+    others.lay_out(placed.slabs, 120 * page_size());
+    CHECK(!others.laid_out());
+}
+
+TEST(layers_that_llama_cpp_leaves_out_take_none) {
+    const TinyModel model = two_kinds();
+    const Placed placed(model, {model.id_of(3, 0), model.id_of(3, 1), model.id_of(4, 0), model.id_of(4, 1)});
+    Slots slots;
+    slots.lay_out(placed.slabs, 50 * page_size());
+    CHECK(slots.laid_out());
+    CHECK(slots.n_slots(0) > 8);
+    CHECK(!slots.same_kind(0, 3));
+}
