@@ -8,9 +8,7 @@ namespace edgemoe {
 namespace {
 
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
-constexpr double kMostLent = 0.125;  // of the arena
-
-uint64_t stretch_bytes(uint64_t stride, int32_t n_slots) { return stride * static_cast<uint64_t>(n_slots); }
+constexpr uint64_t kMostLent = 8;  // one part in so many of the arena
 
 std::byte* next_huge_page(std::byte* memory) {
     const auto at = reinterpret_cast<uintptr_t>(memory);
@@ -25,7 +23,7 @@ void Slots::clear() {
     for (const Kind& kind : kinds_) {
         for (const Part& part : kind.parts) {
             if (part.memory != nullptr) {
-                release_memory(part.memory, stretch_bytes(part.stride, kind.n_slots) + kHugePage);
+                release_memory(part.memory, part.stride * kind.n_slots + kHugePage);
             }
         }
     }
@@ -40,12 +38,12 @@ void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes) {
     }
     for (Kind& kind : kinds_) {
         for (Part& part : kind.parts) {
-            const uint64_t n = stretch_bytes(part.stride, kind.n_slots);
+            const uint64_t n = part.stride * kind.n_slots;
             part.memory = reserve_memory(n + kHugePage);
             part.first = next_huge_page(part.memory);
             use_huge_pages(part.first, n / kHugePage * kHugePage);  // none reaches beyond the last slot
         }
-        kind.free.resize(static_cast<size_t>(kind.n_slots));
+        kind.free.resize(kind.n_slots);
         std::iota(kind.free.rbegin(), kind.free.rend(), 0);  // the first is taken first
     }
 }
@@ -81,8 +79,8 @@ bool Slots::find_kinds(const Slabs& slabs) {
         for (size_t part = 0; part < parts.size(); ++part) {
             kind->parts[part].stride = std::max(kind->parts[part].stride, parts[part].stride);
         }
-        kind->n_expert = std::max(kind->n_expert, layer.n_expert);
-        kind->n_slabs += layer.n_expert;
+        kind->n_expert = std::max(kind->n_expert, static_cast<uint64_t>(layer.n_expert));
+        kind->n_slabs += static_cast<uint64_t>(layer.n_expert);
         kind_of_.back() = static_cast<int>(kind - kinds_.begin());
     }
     return !kinds_.empty();
@@ -91,32 +89,29 @@ bool Slots::find_kinds(const Slabs& slabs) {
 // Every kind has room for a whole layer, since a batch may choose all of it; those that get more than that share the
 // rest. False: what such small kinds need beyond their share is missed elsewhere.
 bool Slots::divide(uint64_t arena_bytes) {
-    const auto bytes_of = [](const Kind& kind, double n) { return n * static_cast<double>(kind.slot_bytes()); };
-    const auto arena = static_cast<double>(arena_bytes);
-    double all = 0;
+    uint64_t all = 0, left = arena_bytes, others = 0, lent = 0;
     for (const Kind& kind : kinds_) {
-        all += bytes_of(kind, kind.n_slabs);
+        all += kind.slot_bytes() * kind.n_slabs;
     }
-    const double share = std::min(1.0, arena / all);
-    double left = arena, others = 0, lent = 0;
     for (Kind& kind : kinds_) {
-        if (share * kind.n_slabs < kind.n_expert) {
-            kind.n_slots = kind.n_expert;
-            left -= bytes_of(kind, kind.n_expert);
-            lent += bytes_of(kind, kind.n_expert - share * kind.n_slabs);
-        } else {
-            others += bytes_of(kind, kind.n_slabs);
+        const uint64_t share = arena_bytes * kind.n_slabs / all;
+        if (share >= kind.n_expert) {
+            others += kind.slot_bytes() * kind.n_slabs;
+            continue;
         }
+        kind.n_slots = kind.n_expert;
+        lent += (kind.n_expert - share) * kind.slot_bytes();
+        left -= std::min(left, kind.n_expert * kind.slot_bytes());
     }
     for (Kind& kind : kinds_) {
         if (kind.n_slots == 0) {
-            kind.n_slots = static_cast<int32_t>(std::min(1.0, left / others) * kind.n_slabs);
+            kind.n_slots = std::min(kind.n_slabs, left * kind.n_slabs / others);
         }
         if (kind.n_slots < kind.n_expert) {
             return false;
         }
     }
-    return lent <= kMostLent * arena;
+    return lent <= arena_bytes / kMostLent;
 }
 
 uint64_t Slots::Kind::slot_bytes() const {

@@ -36,7 +36,7 @@ class Slots {
     int32_t take(int layer);
     void give(int layer, int32_t slot) { kinds_[kind_of_[layer]].free.push_back(slot); }
 
-    int32_t n_slots(int layer) const { return in(layer).n_slots; }
+    int32_t n_slots(int layer) const { return static_cast<int32_t>(in(layer).n_slots); }
     uint64_t stride(const Slabs::Tensor& tensor) const { return part_of(tensor).stride; }  // from slot to slot
     // A slab's first byte, congruent with its file offset modulo the page size.
     std::byte* address(const Slabs::Tensor& tensor, int32_t slot) const;
@@ -50,9 +50,9 @@ class Slots {
     };
     struct Kind {
         std::vector<Part> parts;
-        int n_expert = 0;     // of the layer that has the most
-        int32_t n_slabs = 0;  // of one part, in all layers
-        int32_t n_slots = 0;
+        uint64_t n_expert = 0;  // of the layer that has the most
+        uint64_t n_slabs = 0;   // of one part, in all layers
+        uint64_t n_slots = 0;
         std::vector<int32_t> free;
 
         uint64_t slot_bytes() const;

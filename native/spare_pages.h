@@ -1,6 +1,6 @@
-// Memory of slabs that have just left, kept for those that take their room: pages move from one place to the other
-// with their page-table entries. Giving them back and touching new ones instead costs the kernel a third of a
-// millisecond for each mebibyte, to fill with zeros what a read overwrites.
+// Where there are no slots: memory of slabs that have just left, kept for those that take their room. Pages move from
+// one place to the other with their page-table entries. Giving them back and touching new ones instead costs the kernel
+// a third of a millisecond for each mebibyte, to fill with zeros what a read overwrites.
 //
 // Only the pages that lie wholly within a slab move: they are always the same ones, whatever its neighbours hold, so
 // that each slab's stay one memory area. A process may have so many areas (Linux: vm.max_map_count); only as many
