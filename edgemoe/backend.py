@@ -203,6 +203,9 @@ class Llama(ServedLlama):
                         " use another GGUF of this model"
                     ) from error
             self.store.forget_page_cache()
+            # A task's experts fit the arena, whose slots may be divided otherwise among layers of several sizes.
+            if experts != "task":
+                self.store.session.use_slots()
             if skip_mass:
                 self.skip_mass = skip_mass
             if self.task_mode is not None:

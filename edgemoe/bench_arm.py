@@ -51,8 +51,12 @@ USUAL_ARMS = tuple(arm for arm in ARMS if arm != "blind")
 
 _CHILD = [sys.executable, "-m", "edgemoe.bench_child"]
 _LEAVE_SECONDS = 60
-_PLAIN_ENVIRONMENT = {"GOMP_SPINCOUNT": "300000"}
-"""What libgomp does unless told otherwise; `edgemoe.llama_library` would tell it."""
+
+
+def _plain_environment() -> dict[str, str]:
+    """Tell libgomp what it does by itself, lest `edgemoe.llama_library` tell it otherwise."""
+    told = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    return {**os.environ} if told else {**os.environ, "GOMP_SPINCOUNT": "300000"}
 
 
 class ArmError(EdgemoeError):
@@ -146,7 +150,7 @@ class Arm:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=_PLAIN_ENVIRONMENT | os.environ if self.name == PLAIN else None,
+            env=_plain_environment() if self.name == PLAIN else None,
         )
         try:
             self.ready = self._answer()

@@ -214,11 +214,15 @@ def _divide(
             needed=floor_budget,
         )
 
-    spread = min(pages.spread(space, widest), space - least.total - rows_of(least) - pages.floor)
-    tables, space = tables + spread, space - spread
+    def room_for(shape: Footprint) -> int:
+        return min(space - shape.total - rows_of(shape), pages.total)
+
+    def spread_of(shape: Footprint) -> int:
+        room = room_for(shape)
+        return max(0, min(pages.spread(room, shape.n_ubatch), room - pages.floor))
 
     def arena_for(shape: Footprint) -> int:
-        return min((space - shape.total - rows_of(shape)) // page_size() * page_size(), pages.total)
+        return (room_for(shape) - spread_of(shape)) // page_size() * page_size()
 
     def fits(shape: Footprint) -> bool:
         """Whether the worst batch of that shape finds room in what it leaves to the arena."""
@@ -239,12 +243,12 @@ def _divide(
             chosen = wider
             break
 
-    arena, rows = arena_for(chosen), rows_of(chosen)
+    arena, rows, spread = arena_for(chosen), rows_of(chosen), spread_of(chosen)
     if chosen.n_ubatch < min(widest, chosen.n_ctx):
         mode = "small-batches"
     else:
         mode = "whole" if arena >= pages.whole(chosen.n_ubatch) else "per-tensor"
-    free = space - chosen.total - rows - arena
+    free = space - chosen.total - rows - spread - arena
     share = min(1.0, arena / pages.total)
     needed = f"every token needs them: attention, norms, router, {'output' if table else 'embeddings'}"
     embedding = (
@@ -261,7 +265,7 @@ def _divide(
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
         *reserved,
         PlanLine("expert arena", arena, f"{share:.0%} of {format_bytes(index.expert_bytes)} of experts"),
-        PlanLine("page tables", tables, "the kernel's map of all experts and weights, llama.cpp's of a batch"),
+        PlanLine("page tables", tables + spread, "the kernel's map of all experts and weights, llama.cpp's of a batch"),
         PlanLine("headroom", headroom, "never planned for: allocator and Python growth"),
         PlanLine(
             "left free",

@@ -47,15 +47,16 @@ class SlabPages:
     def spread(self, arena: int, n_ubatch: int) -> int:
         """Give what MUL_MAT_ID's tables take beyond page tables that are not needed, where experts are in slots.
 
-        ggml-cpu.c, ggml_compute_forward_mul_mat_id: a counter of 8 bytes and a cache line for each expert, here for
-        each slot, and the rows of a batch that chose it, 8 bytes each, at a place of its own. In the course of time
-        each of these places is used.
+        ggml-cpu.c, ggml_compute_forward_mul_mat_id: for each expert, here for each slot, a counter of 8 bytes, a cache
+        line, and a place of 8 bytes for each row that a batch has (tokens times experts used), of which only those that
+        chose the expert, one a token at most, are written to. In the course of time each slot's are.
         """
         if arena >= self.total or any(slab % page_size() for slab in self._slab_bytes):
             return 0
         n_slots = arena // min(self.of_one_expert())
-        rows = (-(-8 * n_ubatch // page_size()) + 1) * page_size()
-        return max(0, n_slots * (72 + rows) - (self.total - arena) // 512)
+        place = 8 * n_ubatch * max(self._used.values())
+        written = (-(-8 * n_ubatch // page_size()) + 1) * page_size()
+        return max(0, n_slots * (72 + min(place, written)) + page_size() - (self.total - arena) // 512)
 
     def whole(self, n_ubatch: int) -> int:
         """Worst case of one layer's experts for a batch, all parts at once."""

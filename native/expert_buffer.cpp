@@ -109,7 +109,6 @@ void ExpertBuffer::restore_names() {
     }
     renamed_.clear();
     loaded_ = true;
-    store_.use_slots();
 }
 
 }  // namespace edgemoe

@@ -93,7 +93,7 @@ std::byte* ExpertStore::place(int id, std::byte* region) {
 }
 
 void ExpertStore::use_slots() {
-    if (!all_fit_ && io_ != Io::mmap && tuning_.recycle) {
+    if (!all_fit_ && io_ != Io::mmap && tuning_.recycle && resident_bytes_ == 0 && !slots_.laid_out()) {
         slots_.lay_out(slabs_, arena_bytes_);
     }
 }
@@ -104,8 +104,8 @@ SlotView ExpertStore::slots_of(int id) const {
 }
 
 int32_t ExpertStore::slot(int layer, int32_t expert) const {
-    check_experts(layer, {expert});
-    const int32_t slot = entries_[in(layer).first_entry + expert].slot;
+    const bool known = expert >= 0 && expert < n_expert(layer);
+    const int32_t slot = known ? entries_[in(layer).first_entry + expert].slot : Slots::kNone;
     if (slot == Slots::kNone) {
         throw SystemError("layer " + std::to_string(layer) + " uses expert " + std::to_string(expert) +
                           " that was not asked for; this architecture needs a newer edgemoe");

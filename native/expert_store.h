@@ -13,8 +13,7 @@
 //   half-read counts as resident afterwards.
 // - `expect` has slabs read that are likely to be asked for next, after all that is asked for.
 // - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met.
-// - A slab is at its place, or in a slot of its own (`use_slots`): then `slots_of` and `slot` say where, until it
-// leaves.
+// - A slab is at its place or, after `use_slots`, where `slots_of` and `slot` say, until it leaves.
 // - One thread calls all of these at a time. `stats` may be read from any thread at any time.
 // - Direct, mmap and pread give identical bytes; they differ in speed and in what the page cache sees.
 // - The destructor joins all threads. The memory itself belongs to the buffer that placed the tensors.
@@ -93,8 +92,8 @@ class ExpertStore {
     void read_dense(int id, std::byte* to);                             // blocking; for tensors that are not experts
     void read_rows(int id, const std::vector<int32_t>& rows);           // blocking; of a table that is read by rows
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
-    // Once all is placed: where not all experts fit, have them in slots from now on instead of at their places, if they
-    // can be (Slots). Their bytes are to be found there alone.
+    // Once all is placed, and before anything is asked for: where not all experts fit, have them in slots instead of at
+    // their places, if they can be (Slots).
     void use_slots();
     bool in_slots() const { return slots_.laid_out(); }
     SlotView slots_of(int id) const;

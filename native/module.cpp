@@ -188,6 +188,7 @@ NB_MODULE(_native, m) {
             "prefer",
             [](Session& s, int layer, const std::vector<int32_t>& experts) { s.store.prefer(layer, experts); },
             "layer"_a, "experts"_a)
+        .def("use_slots", [](Session& s) { s.store.use_slots(); })
         .def("in_slots", [](Session& s) { return s.store.in_slots(); })
         .def("residents", [](Session& s) { return s.store.residents(); })
         .def(

@@ -1,7 +1,6 @@
 #include "router_hook.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "numbers.h"

@@ -71,6 +71,23 @@ def test_forced_routes_change_logits_alike(name: str, tmp_path: Path) -> None:
             assert run(arm, 0) == first
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("given", "told"), [({}, "300000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_plain_llama_cpp_spins_as_it_would_alone(
+    given: dict[str, str], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with Arm(PLAIN, SETTINGS) as arm:
+        environment = Path(f"/proc/{arm._process.pid}/environ").read_text().split("\0")
+    found = [entry.partition("=")[2] for entry in environment if entry.startswith("GOMP_SPINCOUNT=")]
+    assert found == ([] if told is None else [told])
+
+
 def test_a_model_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(ArmError, match=r"edgemoe ended with status 1: .*no\.gguf"):

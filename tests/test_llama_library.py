@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -26,3 +30,17 @@ def test_rows_that_ggml_would_misread_never_reach_it(monkeypatch: pytest.MonkeyP
     for strange in (rows[:, ::2], rows.astype(np.float64)[:, :32]):
         with pytest.raises(AssertionError, match=r"^float(32|64) rows \(\d+, \d+\) bytes apart"):
             quantize_rows(Q8_0, strange, ROW_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["nobody", "spins", "policy"],
+)
+def test_who_says_how_long_threads_spin(given: dict[str, str], told: str) -> None:
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    program = "import os, edgemoe.llama_library; print(os.environ.get('GOMP_SPINCOUNT'))"
+    child = subprocess.run(
+        [sys.executable, "-c", program], env=ours | given, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == told

@@ -21,6 +21,7 @@ from edgemoe.expert_set import ExpertLayers
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import Budget, page_size
 from edgemoe.plan import LEAST_ROWS, ExpertPlan, Footprint, expert_pages, headroom_of, kernel_scratch, make_plan
+from edgemoe.slab_pages import SlabPages
 
 MIB = 1 << 20
 PROCESS = 60 * MIB
@@ -241,3 +242,30 @@ def test_small_and_tied_embeddings_are_held(tmp_path: Path) -> None:
     small = make_plan(index, Budget(everything.floor_budget, "--ram"), footprint, PROCESS, 64, 8)
     assert small.resident_share < 1
     assert small.rows_bytes == 0
+
+
+def test_what_slots_take_of_llama_cpp_is_planned_for_exactly_where_experts_are_in_them(tmp_path: Path) -> None:
+    """Not where all experts fit, and everywhere below, however close."""
+    path = tmp_path / "model.gguf"
+    write_tiny_model(path, "qwen3moe")
+    index, pages = read_index(path), SlabPages(read_index(path))
+    everything = make_plan(index, Budget(1 << 30, "--ram"), footprint, PROCESS, 64, 8)
+    assert everything.resident_share == 1
+    held = everything.bytes_of("page tables")
+    smallest = everything.floor_budget
+    enough = (1 << 30) - everything.bytes_of("left free") + MIB
+    seen = set()
+    for budget in np.linspace(smallest, enough, 200).astype(int).tolist():
+        found = make_plan(index, Budget(budget, "--ram"), footprint, PROCESS, 64, 8)
+        assert sum(line.bytes for line in found.lines) == budget
+        assert found.arena_bytes >= pages.floor
+        spread = found.bytes_of("page tables") - held
+        room = found.arena_bytes + spread
+        seen.add(found.resident_share < 1)
+        if found.resident_share < 1:
+            # Of a room that was not yet cut down to whole pages: one slot more or less.
+            expected = min(pages.spread(room, found.n_ubatch), room - pages.floor)
+            assert spread == pytest.approx(expected, abs=3 * page_size())
+        else:
+            assert spread == 0
+    assert seen == {True, False}

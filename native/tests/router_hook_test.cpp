@@ -109,7 +109,7 @@ TEST(expert_that_was_not_asked_for_has_no_slot) {
     Running running(model, Io::pread, slab_pages(27));
     CHECK(run_once(running, 0, {2, 5}));
     CHECK_REFUSED(running.store->slot(0, 3), "layer 0 uses expert 3 that was not asked for");
-    CHECK_REFUSED(running.store->slot(0, 8), "expert 8 of 8");
+    CHECK_REFUSED(running.store->slot(0, 8), "layer 0 uses expert 8");
 }
 
 TEST(other_names_are_ignored) {

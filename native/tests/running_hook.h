@@ -39,6 +39,7 @@ class Running {
         loaded = std::make_unique<fake_ggml::LoadedModel>(model, *buffer);
         CHECK_EQUAL(loaded->status, edgemoe::ggml::kStatusSuccess);
         buffer->restore_names();
+        store->use_slots();
         hook = std::make_unique<edgemoe::RouterHook>(*store, *buffer, api);
     }
 

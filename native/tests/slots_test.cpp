@@ -56,6 +56,13 @@ TinyModel two_kinds() {
             3};
 }
 
+bool lays_out(const TinyModel& model, uint64_t arena_pages) {
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, arena_pages * page_size());
+    return slots.laid_out();
+}
+
 }  // namespace
 
 TEST(slots_are_apart_and_within_the_arena) {
@@ -119,20 +126,12 @@ TEST(stretches_begin_at_huge_pages) {
 }
 
 TEST(slabs_that_are_not_whole_pages_get_none) {
-    const TinyModel model({{8, {page_size(), page_size() + 32}}, {8, {page_size(), page_size()}}}, {}, 1, 1);
-    const Placed placed(model);
-    Slots slots;
-    slots.lay_out(placed.slabs, 40 * page_size());
-    CHECK(!slots.laid_out());
+    const uint64_t page = page_size();
+    CHECK(lays_out({{{8, {page, page}}, {8, {page, page}}}, {}, 1, 1}, 40));
+    CHECK(!lays_out({{{8, {page, page + 32}}, {8, {page, page}}}, {}, 1, 1}, 40));
 }
 
-TEST(a_layer_that_would_not_fit_means_none) {
-    const TinyModel model = two_kinds();
-    const Placed placed(model);
-    Slots slots;
-    slots.lay_out(placed.slabs, 40 * page_size());
-    CHECK(!slots.laid_out());
-}
+TEST(a_layer_that_would_not_fit_means_none) { CHECK(!lays_out(two_kinds(), 40)); }
 
 TEST(a_kind_of_one_layer_holds_it_whole_unless_that_takes_too_much) {
     const uint64_t page = page_size();
@@ -145,9 +144,7 @@ TEST(a_kind_of_one_layer_holds_it_whole_unless_that_takes_too_much) {
     CHECK(slots.laid_out());
     CHECK_EQUAL(slots.n_slots(9), 8);
     CHECK(slots.n_slots(0) >= 36 && slots.n_slots(0) < 72);
-    Slots others;
-    others.lay_out(placed.slabs, 120 * page_size());
-    CHECK(!others.laid_out());
+    CHECK(!lays_out(model, 120));
 }
 
 TEST(layers_that_llama_cpp_leaves_out_take_none) {

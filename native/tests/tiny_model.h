@@ -136,6 +136,14 @@ class PlacedStore {
         return true;
     }
 
+    void check_consistent() const {
+        const edgemoe::StoreStats stats = store_->stats();
+        CHECK(stats.expected_hits <= stats.hits);
+        CHECK(stats.wasted_bytes <= stats.expected_bytes);
+        CHECK(stats.resident_bytes <= stats.peak_bytes);
+        CHECK(stats.peak_bytes <= store_->arena_bytes());
+    }
+
    private:
     const TinyModel& model_;
     std::unique_ptr<edgemoe::ExpertStore> store_;
