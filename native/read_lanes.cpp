@@ -73,12 +73,24 @@ void ReadLanes::work(int lane) {
     }
 }
 
+bool ReadLanes::may_begin(const ReadJob& demanded) const {
+    const bool guesses = n_speculating_ > 0 || !speculative_.empty();
+    return guesses || ranks_.empty() || demanded.rank <= *ranks_.begin();
+}
+
+bool ReadLanes::any_to_take() const {
+    return may_speculate() ||
+           std::any_of(demanded_.begin(), demanded_.end(), [this](const ReadJob& job) { return may_begin(job); });
+}
+
 bool ReadLanes::may_speculate() const { return !speculative_.empty() && n_speculating_ < std::max(1, size() / 2); }
 
 // Half of the lanes at most read what nobody waits for: a demand finds the disk's queue short. The caller, who is a
 // lane while it waits, reads nothing else than what is waited for.
 bool ReadLanes::take(ReadJob& job, int lane) {
-    const auto mine = [&](const ReadJob& queued) { return queued.failed_by != lane || size() == 1; };
+    const auto mine = [&](const ReadJob& queued) {
+        return (queued.failed_by != lane || size() == 1) && may_begin(queued);
+    };
     std::deque<ReadJob>* queue = &demanded_;
     auto found = std::find_if(queue->begin(), queue->end(), mine);
     const bool urgent = found != queue->end();
@@ -91,7 +103,11 @@ bool ReadLanes::take(ReadJob& job, int lane) {
     }
     job = *found;
     queue->erase(found);
-    n_speculating_ += urgent ? 0 : 1;
+    if (urgent) {
+        ranks_.insert(job.rank);
+    } else {
+        ++n_speculating_;
+    }
     if (n_busy_++ == 0) {
         busy_since_ns_ = now_ns();
     }
@@ -118,7 +134,11 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
     if (--n_busy_ == 0) {
         busy_ns_ += now_ns() - busy_since_ns_;
     }
-    n_speculating_ -= job.speculative ? 1 : 0;
+    if (job.speculative) {
+        --n_speculating_;
+    } else {
+        ranks_.erase(ranks_.find(job.rank));
+    }
     if (failure.empty()) {
         bytes_read_ += job.slab == run_slab() ? 0 : n_given;
         finish(job.slab);
@@ -227,6 +247,9 @@ void ReadLanes::wait(const std::vector<int32_t>& slabs) {
         } else {
             work_done_.wait(lock);
         }
+    }
+    if (any_to_take()) {  // what had to wait for the caller's own reads
+        work_ready_.notify_one();
     }
     if (std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return failed(slab); })) {
         throw SystemError(failure_);

@@ -4,6 +4,10 @@
 // Jobs belong to a *slab*, a number below that given to `resize`. A slab is arriving while one of its jobs is queued or
 // under way. A job that fails is tried again by another lane, at last by a buffered read; only then has its slab
 // failed. What nobody waits for is not tried again.
+//
+// Of what is demanded, the next rank does not begin before the one before it has arrived: reads that are under way
+// together arrive together, so that the first would be waited for as long as the last. Beside guesses, which are under
+// way in any case, nothing is held back.
 #pragma once
 
 #include <atomic>
@@ -12,6 +16,7 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -88,8 +93,9 @@ class ReadLanes {
     void work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock);
     void finish(int32_t slab);
     void give_up(int32_t slab);
+    bool may_begin(const ReadJob& demanded) const;
     bool may_speculate() const;
-    bool any_to_take() const { return !demanded_.empty() || may_speculate(); }
+    bool any_to_take() const;
 
     mutable std::mutex mutex_;
     std::condition_variable work_ready_, work_done_;
@@ -98,6 +104,7 @@ class ReadLanes {
     std::vector<std::thread> threads_;
     std::vector<Slab> slabs_{1};  // the last one is what `run` reads
     std::deque<ReadJob> demanded_, speculative_;
+    std::multiset<int> ranks_;  // of what is demanded and under way
     int n_busy_ = 0, n_speculating_ = 0, n_awaited_ = 0;
     bool stopping_ = false, draining_ = false;
     std::string failure_;  // the latest

@@ -42,6 +42,51 @@ TEST(what_is_needed_first_is_read_first) {
                                              reading.at(3), reading.at(4)}));
 }
 
+TEST(later_ranks_begin_when_earlier_ones_have_arrived) {
+    Reading reading(4);
+    reading.disk.hold({reading.at(1), reading.at(3)});
+    reading.submit(1, kDemanded);
+    reading.disk.await(1);
+    reading.submit(2, kDemanded, 1, 1);
+    reading.submit(3, kDemanded);
+    reading.disk.await(2);
+    CHECK(reading.disk.offsets() == (Offsets{reading.at(1), reading.at(3)}));
+    reading.disk.let_go();
+    reading.watch(2);
+    CHECK(reading.holds(1) && reading.holds(2) && reading.holds(3));
+}
+
+TEST(beside_guesses_no_rank_is_held_back) {
+    Reading reading(4);
+    reading.disk.hold({reading.at(1), reading.at(2)});
+    reading.submit(1, kDemanded);
+    reading.disk.await(1);
+    reading.submit(3, kDemanded, 1, 1);
+    reading.submit(2, kSpeculative);
+    reading.watch(3);
+    CHECK(reading.holds(3));
+    CHECK(reading.lanes->arriving(1) && reading.lanes->arriving(2));
+}
+
+TEST(what_the_caller_held_back_is_read_by_others) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(1), reading.at(2)});
+    reading.submit(1, kDemanded);
+    reading.disk.await(1);  // by the one thread
+    reading.submit(2, kDemanded);
+    reading.submit(3, kDemanded, 1, 1);
+    std::thread other([&] {
+        reading.disk.await(2);  // by the caller
+        reading.disk.let_go({reading.at(1)});
+        reading.watch(1);
+        reading.disk.let_go();
+    });
+    reading.lanes->wait({2});
+    other.join();
+    reading.watch(3);
+    CHECK(reading.holds(1) && reading.holds(2) && reading.holds(3));
+}
+
 TEST(one_request_sets_all_lanes_to_work) {
     Reading reading(4);
     const Offsets first{reading.at(0, 0), reading.at(0, 1), reading.at(0, 2)};
