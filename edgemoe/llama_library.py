@@ -48,13 +48,18 @@ def require_version() -> None:
 require_version()
 
 # OpenMP's threads wait for each other by spinning for milliseconds, longer than any barrier takes. While one of them
-# waits for an expert, those who read it need the processor. libgomp reads these when it is loaded.
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+# waits for an expert, those who read it need the processor. libgomp reads these when it is loaded; processes that this
+# one starts are not told.
+_untold = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+if _untold:
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
 from llama_cpp import Llama as PlainLlama  # noqa: E402
 from llama_cpp import _internals, _logger  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402, N812
+
+if _untold:
+    del os.environ["GOMP_SPINCOUNT"]
 
 __all__ = [
     "LLAMA_CPP_PYTHON",

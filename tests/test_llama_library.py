@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -34,13 +35,19 @@ def test_rows_that_ggml_would_misread_never_reach_it(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("given", "told"),
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
     ids=["nobody", "spins", "policy"],
 )
 def test_who_says_how_long_threads_spin(given: dict[str, str], told: str) -> None:
+    """libgomp says itself what it was told; whoever is started later is not."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
     program = "import os, edgemoe.llama_library; print(os.environ.get('GOMP_SPINCOUNT'))"
     child = subprocess.run(
-        [sys.executable, "-c", program], env=ours | given, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env={**ours, **given, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert child.stdout.strip() == told
+    assert child.stdout.strip() == str(given.get("GOMP_SPINCOUNT"))
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", child.stderr)) == {told}
