@@ -252,6 +252,7 @@ def _measure(
     in_cgroup = _can_limit(cell, say)
     opponent, trials = best_opponent(cell, workload, scratch, say) if MMAP in arms else (None, [])
     runs: list[Run] = []
+    residents: list[Run] = []
     bandwidths: list[float] = []
     for number in range(rounds):
         bandwidths += filter(None, [disk_bandwidth(cell.index.path)])
@@ -261,7 +262,8 @@ def _measure(
                 continue  # it takes minutes, and says no more in another round
             runs.append(run_arm(arm, cell, workload, opponent, scratch))
             say(_line(cell, number, runs[-1]))
-    compute, prompt_compute, source = _compute(cell, workload, runs, scratch, say)
+        residents += _resident(cell, workload, number, scratch, say)
+    compute, prompt_compute, source = _compute(runs, residents)
     bound = None
     if workload.routes is not None and compute is not None and bandwidths:
         sizes = [cell.index.expert_size(layer) for layer in cell.index.moe_layers]
@@ -295,25 +297,28 @@ def _can_limit(cell: Cell, say: Callable[[str], Any]) -> bool:
         return False
 
 
-def _compute(
-    cell: Cell,
-    workload: Workload,
-    runs: Sequence[Run],
-    scratch: Path,
-    say: Callable[[str], Any],
-) -> tuple[float | None, float | None, str]:
-    """Give the seconds of a token, and of the prompt, that computing alone takes, and where they are from.
+def _resident(cell: Cell, workload: Workload, number: int, scratch: Path, say: Callable[[str], Any]) -> list[Run]:
+    """Run once with every expert in memory; not at all where there is no room for that.
 
-    Every cell has its own run with every expert in memory: within an hour a machine's own speed may change more than
-    what is measured.
+    Every round of every cell has its own: within minutes a machine's own speed may change more than what is measured.
     """
-    if cell.everything < machine().available:
-        try:
-            run = resident_run(cell, workload, scratch)
-            say(_line(cell, 0, run))
-            return median(run.token_s), run.prompt_s, "resident"
-        except ArmError as error:
-            say(f"{cell.label:>6}  with everything in memory: {error}")
+    if cell.everything >= machine().available:
+        return []
+    try:
+        run = resident_run(cell, workload, scratch)
+    except ArmError as error:
+        say(f"{cell.label:>6}  with everything in memory: {error}")
+        return []
+    say(_line(cell, number, run))
+    return [run]
+
+
+def _compute(runs: Sequence[Run], residents: Sequence[Run]) -> tuple[float | None, float | None, str]:
+    """Give the seconds of a token, and of the prompt, that computing alone takes, and where they are from."""
+    if residents:
+        tokens = [seconds for run in residents for seconds in run.token_s]
+        prompts = [run.prompt_s for run in residents if run.prompt_s is not None]
+        return median(tokens), median(prompts), "resident"
     means = [
         (sum(run.token_s) - run.wait_s) / len(run.token_s)
         for run in runs

@@ -41,6 +41,7 @@ class Stage:
         self.order: list[tuple[str, str]] = []
         self.resident: list[int | None] = []
         self.resident_fails = False
+        self.resident_token_s = [0.04]  # of each round
         self.fails: str | None = None
         self.n_tokens: dict[str, int] = {}
         index = read_index(TINY_MOE)
@@ -55,7 +56,8 @@ class Stage:
             self.resident.append(cell.settings.n_ubatch)
             if self.resident_fails:
                 raise ArmError("it ended")
-            return replace(made_up_run("resident", 0.04), prompt_s=1.5)
+            turn = (len(self.resident) - 1) % len(self.resident_token_s)
+            return replace(made_up_run("resident", self.resident_token_s[turn]), prompt_s=1.5)
 
         def ask_plan(settings: Settings) -> dict[str, int]:
             small = settings.ram == round(index.file_bytes / 8)
@@ -101,6 +103,13 @@ def test_compute_time_is_that_with_everything_in_memory(stage: Stage) -> None:
     for cell in result.cells:
         assert cell.compute_from == "resident" and cell.roofline is not None
         assert (cell.roofline.compute_s, cell.roofline.prompt_compute_s) == (0.04, 1.5)
+
+
+def test_compute_time_is_measured_anew_in_each_round(stage: Stage) -> None:
+    stage.resident_token_s = [0.07, 0.03, 0.05]
+    (cell,) = stage.run(("4x",), ("all",), rounds=3).cells
+    assert len(stage.resident) == 3
+    assert cell.roofline is not None and cell.roofline.compute_s == 0.05
 
 
 def test_else_it_is_that_of_an_arm_less_its_waiting(stage: Stage) -> None:
