@@ -146,11 +146,11 @@ DAMAGES: dict[str, Any] = {
     "a list": [],
     "no version": {"disks": {}},
     "another version": {"version": 2, "disks": {"": {**ENTRY, "speed": 1}}},
-    "no disks": {"version": 1},
-    "disks in a list": {"version": 1, "disks": [1]},
+    "no disks": {"version": 2},
+    "disks in a list": {"version": 2, "disks": [1]},
     "deep": b"[" * 100_000,
 } | {
-    f"{key} {value!r}": {"version": 1, "disks": {"": {**ENTRY, key: value}}}
+    f"{key} {value!r}": {"version": 2, "disks": {"": {**ENTRY, key: value}}}
     for key, value in [
         ("lanes", 0),
         ("lanes", 4.0),
