@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from edgemoe.bench_arm import MMAP, ArmError, Settings, ask_plan
-from edgemoe.bench_figures import Figures, figures_of
+from edgemoe.bench_figures import Figures, figures_of, median_of
 from edgemoe.bench_machine import describe, disk_bandwidth
 from edgemoe.bench_opponent import Trial, best_opponent
 from edgemoe.bench_roofline import BOUNDS, Roofline, roofline
@@ -255,7 +255,7 @@ def _measure(
     residents: list[Run] = []
     bandwidths: list[float] = []
     for number in range(rounds):
-        bandwidths += filter(None, [disk_bandwidth(cell.index.path)])
+        bandwidths += filter(None, [disk_bandwidth(cell.index.largest_file)])
         turn = number % len(arms)
         for arm in [*arms[turn:], *arms[:turn]]:
             if any(run.arm == arm and _far_too_slow(run, workload) for run in runs):
@@ -317,8 +317,7 @@ def _compute(runs: Sequence[Run], residents: Sequence[Run]) -> tuple[float | Non
     """Give the seconds of a token, and of the prompt, that computing alone takes, and where they are from."""
     if residents:
         tokens = [seconds for run in residents for seconds in run.token_s]
-        prompts = [run.prompt_s for run in residents if run.prompt_s is not None]
-        return median(tokens), median(prompts), "resident"
+        return median(tokens), median_of(residents, lambda run: run.prompt_s), "resident"
     means = [
         (sum(run.token_s) - run.wait_s) / len(run.token_s)
         for run in runs

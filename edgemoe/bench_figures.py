@@ -14,7 +14,7 @@ from edgemoe.bench_arm import MMAP
 from edgemoe.bench_roofline import Roofline
 from edgemoe.bench_run import Run
 
-__all__ = ["EXACT", "FIRST", "Figures", "figures_of"]
+__all__ = ["EXACT", "FIRST", "Figures", "figures_of", "median_of"]
 
 FIRST = 64
 """Tokens of an answer's beginning."""
@@ -62,7 +62,7 @@ class Figures:
     eaten_by : str
         What takes most of a token's time: ``compute``, ``waiting`` or ``other``.
     to_mmap, to_plain : float
-        Decode speed over that of the other arm.
+        Decode speed over that of the other arm, of the tokens that both decoded.
     same_logits : bool
         Whether the logits are, bit for bit, those of the first of `EXACT` that is there, as far as both decoded.
     details : dict
@@ -114,61 +114,60 @@ def figures_of(runs: Sequence[Run], n_prompt: int, roofline: Roofline | None) ->
         Of the cell.
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
-    speeds = {arm: _speed([run for run in runs if run.arm == arm]) for arm in arms}
+    of_arms = {arm: [run for run in runs if run.arm == arm] for arm in arms}
     exact = next((run.checksums for arm in EXACT for run in runs if run.arm == arm and run.checksums), None)
-    return [_of_arm([run for run in runs if run.arm == arm], n_prompt, roofline, speeds, exact) for arm in arms]
+    return [_of_arm(arm, of_arms, n_prompt, roofline, exact) for arm in arms]
 
 
 def _of_arm(
-    runs: Sequence[Run],
+    arm: str,
+    of_arms: dict[str, list[Run]],
     n_prompt: int,
     roofline: Roofline | None,
-    speeds: dict[str, float | None],
     exact: list[int] | None,
 ) -> Figures:
-    arm = runs[0].arm
+    runs = of_arms[arm]
     done = [run for run in runs if run.token_s]
     seconds = np.array([second for run in done for second in run.token_s])
     mean = float(seconds.mean()) if len(seconds) else None
-    prompt_s = _median(runs, lambda run: run.prompt_s and run.prompt_s + run.warm_s)
+    prompt_s = median_of(runs, lambda run: run.prompt_s and run.prompt_s + run.warm_s)
 
     def of_arm(other: str) -> float | None:
-        mine, theirs = speeds[arm], speeds.get(other)
-        return mine / theirs if mine and theirs and other != arm else None
+        return _factor(done, [run for run in of_arms.get(other, ()) if run.token_s]) if other != arm else None
 
     def percentile(share: float) -> float | None:
         return 1 / float(np.quantile(seconds, share)) if len(seconds) else None
 
-    wait = _median(done, lambda run: None if run.wait_s is None else run.wait_s / sum(run.token_s))
+    wait = median_of(done, lambda run: None if run.wait_s is None else run.wait_s / sum(run.token_s))
     return Figures(
         arm=arm,
         failures=tuple(run.failure for run in runs if run.failure),
         n_tokens=min((len(run.token_s) for run in done), default=0),
-        tokens_per_s=speeds[arm],
+        tokens_per_s=1 / median(seconds) if len(seconds) else None,
         slow_tokens_per_s=percentile(0.9),
         fast_tokens_per_s=percentile(0.1),
         round_tokens_per_s=tuple(1 / median(run.token_s) for run in done),
         mean_s=mean,
-        first_tokens_per_s=_median(
+        first_tokens_per_s=median_of(
             done, lambda run: FIRST / sum(run.token_s[:FIRST]) if len(run.token_s) >= FIRST else None
         ),
-        prompt_tokens_per_s=_median(runs, lambda run: n_prompt / run.prompt_s if run.prompt_s else None),
-        first_token_s=_median(runs, lambda run: run.first_token_s),
-        load_s=_median(runs, lambda run: run.load_s),
-        warm_s=_median(runs, lambda run: run.warm_s),
-        bytes_per_token=_median(
+        prompt_tokens_per_s=median_of(runs, lambda run: n_prompt / run.prompt_s if run.prompt_s else None),
+        first_token_s=median_of(runs, lambda run: run.first_token_s),
+        load_s=median_of(runs, lambda run: run.load_s),
+        warm_s=median_of(runs, lambda run: run.warm_s),
+        bytes_per_token=median_of(
             done, lambda run: None if run.bytes_read is None else run.bytes_read / len(run.token_s)
         ),
-        prompt_bytes=_median(runs, lambda run: run.prompt_bytes_read),
-        hit_rate=_median(
+        prompt_bytes=median_of(runs, lambda run: run.prompt_bytes_read),
+        hit_rate=median_of(
             done, lambda run: None if run.hits is None else run.hits / max(run.hits + (run.misses or 0), 1)
         ),
         peak=max((run.peak for run in runs if run.peak is not None), default=None),
         peak_rss=max((run.peak_rss for run in runs if run.peak_rss is not None), default=None),
         wait_share=wait,
-        busy_share=_median(done, lambda run: None if run.busy_s is None else run.busy_s / sum(run.token_s)),
-        system_share=_median(done, lambda run: _of_processors(run, run.system_s)),
-        stolen_share=_median(done, lambda run: _of_processors(run, run.stolen_s)),
+        busy_share=median_of(done, lambda run: None if run.busy_s is None else run.busy_s / sum(run.token_s)),
+        system_share=median_of(done, lambda run: _of_processors(run, run.system_s)),
+        stolen_share=median_of(done, lambda run: _of_processors(run, run.stolen_s)),
         of_lru=roofline.lru_s / mean if roofline and mean else None,
         of_belady=roofline.belady_s / mean if roofline and mean else None,
         of_prompt=roofline.prompt_s / prompt_s if roofline and prompt_s else None,
@@ -180,12 +179,17 @@ def _of_arm(
     )
 
 
-def _speed(runs: Sequence[Run]) -> float | None:
-    seconds = [second for run in runs for second in run.token_s]
-    return 1 / median(seconds) if seconds else None
+def _factor(mine: Sequence[Run], theirs: Sequence[Run]) -> float | None:
+    """Give how many times as fast as theirs the tokens are that all runs of both decoded: the first ones are slower."""
+    if not mine or not theirs:
+        return None
+    n = min(len(run.token_s) for run in (*mine, *theirs))
+    mine_s, theirs_s = (median(second for run in runs for second in run.token_s[:n]) for runs in (mine, theirs))
+    return theirs_s / mine_s
 
 
-def _median(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float | None:
+def median_of(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float | None:
+    """Give the median of what is known of the runs; None where nothing is."""
     values = [value for run in runs if (value := of(run)) is not None]
     return median(values) if values else None
 

@@ -40,8 +40,8 @@ def describe(model: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "ram": machine().total,
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "disk": disk_of(model),
-        "disk_bytes_per_s": disk_bandwidth(model),
+        "disk": disk_of(index.largest_file),
+        "disk_bytes_per_s": disk_bandwidth(index.largest_file),
         "python": platform.python_version(),
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
         "model": {

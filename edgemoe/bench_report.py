@@ -295,8 +295,15 @@ def _draw_speeds(result: BenchResult) -> Figure:
             at = place - 0.4 + width * (arms.index(figures.arm) + 0.5)
             axes.bar(at, figures.tokens_per_s, width * 0.92, color=_COLOURS[figures.arm])
             axes.vlines(at, low, high, color="0.25", linewidth=1)
-            label = _number(figures.tokens_per_s)
-            axes.annotate(label, (at, figures.tokens_per_s), (2, 2), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                _number(figures.tokens_per_s),
+                (at, high),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # a roofline may pass behind it
+            )
         if cell.roofline is not None:
             for seconds, dashes in ((cell.roofline.belady_s, "-"), (cell.roofline.lru_s, ":")):
                 axes.hlines(1 / seconds, place - 0.42, place + 0.42, color="#b00020", linestyle=dashes, linewidth=1.5)

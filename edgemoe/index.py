@@ -169,6 +169,11 @@ class ExpertIndex:
     file_bytes: int
 
     @cached_property
+    def largest_file(self) -> Path:
+        """The part that has most of the experts, as a rule; the first one of a split model may have none."""
+        return max(self.files, key=lambda path: path.stat().st_size)
+
+    @cached_property
     def dense_bytes(self) -> int:
         """Bytes of all tensors that are not expert tensors."""
         return sum(tensor.n_bytes for tensor in self.tensors)

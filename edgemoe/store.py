@@ -165,8 +165,7 @@ class ExpertStore:
         self.load_bytes = index.dense_bytes - (table.n_bytes if table else 0)
         self.io, self.io_reason = choose_io(index, io)
         if self.io == "direct":
-            # The part that has most of the experts, as a rule; the first one of a split model may have none.
-            self.disk = probe(max(index.files, key=lambda path: path.stat().st_size))
+            self.disk = probe(index.largest_file)
         else:
             self.disk = unmeasured(f"reads by {self.io} are not measured")
         self.n_lanes = max(2, self.disk.lanes)  # one to read ahead while the caller waits for another

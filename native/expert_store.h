@@ -31,6 +31,7 @@
 #include "mapped_file.h"
 #include "page_queue.h"
 #include "read_lanes.h"
+#include "signals.h"
 #include "slabs.h"
 #include "slots.h"
 #include "spare_pages.h"

@@ -92,8 +92,10 @@ std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, in
     return rows;
 }
 
-std::vector<int32_t> LookAhead::guess(int layer, const ggml::Tensor* top_k, int64_t n_tokens) {
-    return guess_from(layer, rows_of(layer, top_k, n_tokens), static_cast<size_t>(top_k->ne[0]));
+std::vector<int32_t> LookAhead::guess(int layer, const ggml::Tensor* top_k, int64_t n_tokens,
+                                      const std::vector<int32_t>& told) {
+    const std::vector<int32_t> said = rows_of(layer, top_k, n_tokens);
+    return guess_from(layer, told.empty() ? said : told, static_cast<size_t>(top_k->ne[0]));
 }
 
 std::vector<int32_t> LookAhead::guess_from(int layer, const std::vector<int32_t>& rows, size_t n_used) {

@@ -22,9 +22,10 @@ class LookAhead {
     LookAhead(const ExpertStore& store, const ExpertBuffer& buffer) : store_(store), buffer_(buffer) {}
 
     // The experts of `layer` for the last n_tokens of those in the layer before it, whose selected ids are given;
-    // likeliest first.
-    std::vector<int32_t> guess(int layer, const ggml::Tensor* top_k, int64_t n_tokens);
-    // The same from given rows [n_tokens, n_used] in place of a router.
+    // likeliest first. Where rows [n_tokens, n_used] are told, they stand in for what the router says; it is asked all
+    // the same, so that a measurement pays for it.
+    std::vector<int32_t> guess(int layer, const ggml::Tensor* top_k, int64_t n_tokens,
+                               const std::vector<int32_t>& told = {});
     std::vector<int32_t> guess_from(int layer, const std::vector<int32_t>& rows, size_t n_used);
     // The layer's router has spoken.
     void settle(int layer, const std::vector<int32_t>& experts);

@@ -15,6 +15,7 @@
 #include "forced_routes.h"
 #include "ggml_abi.h"
 #include "router_hook.h"
+#include "signals.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

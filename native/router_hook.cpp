@@ -264,9 +264,7 @@ void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {
     }
     // llama.cpp computes the last layer for the tokens alone whose logits are wanted: usually the last one.
     const int64_t n_tokens = layer == store_.last_layer() ? 1 : top_k->ne[1];
-    const std::vector<int32_t> told = routes_.predicted(layer, n_tokens);
-    store_.expect(layer, told.empty() ? look_ahead_.guess(layer, top_k, n_tokens)
-                                      : look_ahead_.guess_from(layer, told, static_cast<size_t>(top_k->ne[0])));
+    store_.expect(layer, look_ahead_.guess(layer, top_k, n_tokens, routes_.predicted(layer, n_tokens)));
 }
 
 void RouterHook::watch(const std::vector<int>& layers, bool outputs) {

@@ -1,4 +1,4 @@
-"""Builds GGUF files byte by byte from the format's description, unsound ones included."""
+"""Builds GGUF files byte by byte from the format's description, unsound ones included; what a header must promise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+
+from edgemoe.gguf_header import GGUFHeader
 
 # Value types of the format.
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
@@ -155,3 +157,14 @@ def moe_tensors(
 def expert_byte(layer: int, part: int, expert: int) -> int:
     """What fills one expert's slab in `moe_tensors`; part counts within its layer."""
     return 1 + layer * 40 + part * 10 + expert
+
+
+def check_sound(header: GGUFHeader) -> None:
+    """What every header must promise, whatever was in the file."""
+    end = header.data_offset
+    for tensor in header.tensors:
+        assert tensor.offset % header.alignment == header.data_offset % header.alignment == 0
+        assert tensor.offset >= end and tensor.n_bytes > 0
+        end = tensor.offset + tensor.n_bytes
+        assert end <= header.file_size
+    assert len({t.name for t in header.tensors}) == len(header.tensors)

@@ -34,6 +34,12 @@ def test_arms_against_each_other() -> None:
     assert found["mmap"].to_mmap is None and found["mmap"].hit_rate is None and found["mmap"].eaten_by is None
 
 
+def test_an_arm_that_ran_out_of_time_is_compared_token_by_token() -> None:
+    slow, fast = made_up_run("mmap", 2.0, n_tokens=16), made_up_run("all", 0.1)
+    fast.token_s[:16] = [0.5] * 16  # the cache was cold
+    assert figures(slow, fast)["all"].to_mmap == pytest.approx(4)
+
+
 def test_costs() -> None:
     found = figures(made_up_run("auto", 0.1))["auto"]
     assert (found.hit_rate, found.bytes_per_token, found.prompt_bytes) == (0.75, 1000, 5000)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe import disk
-from edgemoe.disk import CANDIDATES, DiskSpeed, bandwidth, disk_of, probe
+from edgemoe.disk import CANDIDATES, VERSION, DiskSpeed, bandwidth, disk_of, probe
 from edgemoe.errors import ModelFileError, StoreError
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -145,12 +145,12 @@ DAMAGES: dict[str, Any] = {
     "empty": b"",
     "a list": [],
     "no version": {"disks": {}},
-    "another version": {"version": 2, "disks": {"": {**ENTRY, "speed": 1}}},
-    "no disks": {"version": 2},
-    "disks in a list": {"version": 2, "disks": [1]},
+    "another version": {"version": VERSION - 1, "disks": {"": {**ENTRY, "measured": time.time()}}},
+    "no disks": {"version": VERSION},
+    "disks in a list": {"version": VERSION, "disks": [1]},
     "deep": b"[" * 100_000,
 } | {
-    f"{key} {value!r}": {"version": 2, "disks": {"": {**ENTRY, key: value}}}
+    f"{key} {value!r}": {"version": VERSION, "disks": {"": {**ENTRY, key: value}}}
     for key, value in [
         ("lanes", 0),
         ("lanes", 4.0),

@@ -241,6 +241,17 @@ TEST(router_that_cannot_be_found_guesses_nothing) {
     CHECK_EQUAL(look_ahead.guess(1, &selection.top_k, 1).size(), static_cast<size_t>(kUsed));
 }
 
+TEST(what_is_told_stands_in_for_the_router) {
+    const Parts parts;
+    Routers routers(parts, kSmall, 2);
+    LookAhead look_ahead(*routers.store, *routers.buffer);
+    const Selection selection(routers, parts, 1, 3);
+    for (const Ids& told : {Ids{0, 1, 2}, Ids{7, 5, 3}}) {
+        CHECK(look_ahead.guess(1, &selection.top_k, 1, told) == told);
+    }
+    CHECK(look_ahead.guess(1, &selection.top_k, 1) == selection.textbook(0));
+}
+
 TEST(long_batches_are_sampled) {
     const Parts parts;
     Routers routers(parts, kSmall, 4);

@@ -6,63 +6,20 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
-#include <csignal>
 #include <cstring>
-#include <fstream>
-#include <memory>
-#include <thread>
 
 #include "check.h"
+#include "child_process.h"
+#include "reserved.h"
 #include "resident_pages.h"
 #include "scratch_file.h"
+#include "signals.h"
 
 using edgemoe::BusErrorGuard;
 using edgemoe::MappedFile;
 using edgemoe::page_size;
 
 namespace {
-
-// Reserved address space for the length of a test.
-struct Reserved {
-    explicit Reserved(size_t n_pages) : size(n_pages * page_size()), base(edgemoe::reserve_memory(size)) {}
-    ~Reserved() { edgemoe::release_memory(base, size); }
-    Reserved(const Reserved&) = delete;
-    Reserved& operator=(const Reserved&) = delete;
-    std::byte* page(size_t i) const { return base + i * page_size(); }
-
-    const size_t size;
-    std::byte* const base;
-};
-
-bool same(const std::byte* found, const ScratchFile& file, uint64_t offset, size_t n) {
-    return std::memcmp(found, file.bytes().data() + offset, n) == 0;
-}
-
-bool all_zero(const std::byte* found, size_t n) {
-    return std::all_of(found, found + n, [](std::byte byte) { return byte == std::byte{0}; });
-}
-
-uint8_t touch(const std::byte* at) { return *reinterpret_cast<const volatile uint8_t*>(at); }
-
-// How a forked child that runs `body` ends, as waitpid tells it. A child that hangs is ended by SIGALRM.
-template <typename Body>
-int status_of_child(const Body& body) {
-    const pid_t child = ::fork();
-    if (child == 0) {
-        ::alarm(20);
-        ::close(STDERR_FILENO);  // a sanitizer's report about the wanted crash is no news
-        body();
-        ::_exit(0);
-    }
-    int status = 0;
-    CHECK_EQUAL(::waitpid(child, &status, 0), child);
-    return status;
-}
-
-bool survived(int status) { return WIFEXITED(status) && WEXITSTATUS(status) == 0; }
-bool hung(int status) { return WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM; }
 
 void open_direct_or_skip(MappedFile& file) {
     std::string why;
@@ -72,131 +29,6 @@ void open_direct_or_skip(MappedFile& file) {
 }
 
 }  // namespace
-
-// -------- SIGBUS; first, because the chained handler is the one found when the first guard appears
-
-TEST(fault_elsewhere_goes_to_the_earlier_handler) {
-    const ScratchFile file(random_bytes(2 * page_size(), 1));
-    const Reserved watched(1);
-    const Reserved other(2);
-    const int status = status_of_child([&] {
-        struct sigaction action{};
-        action.sa_handler = [](int) { ::_exit(42); };
-        ::sigaction(SIGBUS, &action, nullptr);
-        BusErrorGuard guard;
-        guard.watch(watched.base, watched.size);
-        MappedFile(file.path()).map_over(other.base, 0, other.size);
-        static_cast<void>(::truncate(file.path().c_str(), 0) == 0 && touch(other.base) != 0);
-    });
-    CHECK(WIFEXITED(status));
-    CHECK_EQUAL(WEXITSTATUS(status), 42);
-}
-
-TEST(fault_elsewhere_kills) {
-    const ScratchFile file(random_bytes(2 * page_size(), 1));
-    const Reserved watched(1);
-    const Reserved other(2);
-    const int status = status_of_child([&] {
-        BusErrorGuard guard;
-        guard.watch(watched.base, watched.size);
-        MappedFile(file.path()).map_over(other.base, 0, other.size);
-        static_cast<void>(::truncate(file.path().c_str(), 0) == 0 && touch(other.base) != 0);
-    });
-    CHECK(!survived(status));
-    CHECK(!hung(status));
-}
-
-TEST(sent_signal_kills) {
-    const Reserved watched(1);
-    const int status = status_of_child([&] {
-        BusErrorGuard guard;
-        guard.watch(watched.base, watched.size);
-        ::kill(::getpid(), SIGBUS);
-    });
-    CHECK(!survived(status));
-    CHECK(!hung(status));
-}
-
-TEST(truncated_mapping_is_noted_and_survived) {
-    ScratchFile file(random_bytes(6 * page_size(), 2));
-    const Reserved place(6);
-    const MappedFile mapped(file.path());
-    mapped.map_over(place.base, 0, place.size);
-    BusErrorGuard guard;
-    BusErrorGuard bystander;
-    const Reserved elsewhere(1);
-    guard.watch(place.base, place.size);
-    bystander.watch(elsewhere.base, elsewhere.size);
-    CHECK(same(place.base, file, 0, place.size));
-    CHECK(!guard.faulted());
-
-    file.truncate(2 * page_size());
-    // Several threads run into it at once, as ggml's do. TSan takes mending a page for writing to it, and would call
-    // the threads' meeting on one page a race; under it each has a page of its own.
-#if defined(__SANITIZE_THREAD__)
-    constexpr size_t kPagesEach = 1;
-#else
-    constexpr size_t kPagesEach = 4;
-#endif
-    std::vector<std::thread> readers;
-    std::atomic<int> n_zero{0};
-    for (size_t i = 0; i < 4; ++i) {
-        const std::byte* first = place.page(kPagesEach == 1 ? 2 + i : 2);
-        readers.emplace_back([&, first] { n_zero += all_zero(first, kPagesEach * page_size()) ? 1 : 0; });
-    }
-    for (std::thread& reader : readers) {
-        reader.join();
-    }
-    CHECK_EQUAL(n_zero.load(), 4);
-    CHECK(guard.faulted());
-    CHECK(!bystander.faulted());
-    CHECK(same(place.base, file, 0, 2 * page_size()));
-}
-
-TEST(guard_forgets_its_ranges) {
-    ScratchFile file(random_bytes(2 * page_size(), 3));
-    const Reserved place(2);
-    MappedFile(file.path()).map_over(place.base, 0, place.size);
-    for (int i = 0; i < 1000; ++i) {  // more than there are slots
-        BusErrorGuard guard;
-        guard.watch(place.base, place.size);
-        CHECK(!guard.faulted());
-    }
-    file.truncate(0);
-    const int status = status_of_child([&] { static_cast<void>(touch(place.base)); });
-    CHECK(!survived(status));
-}
-
-TEST(too_many_ranges_are_refused) {
-    const Reserved places(40);
-    BusErrorGuard guard;
-    CHECK_REFUSED(for (size_t i = 0; i < 40; ++i) { guard.watch(places.page(i), page_size()); }, "too many models");
-}
-
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-TEST(fault_that_cannot_be_mended_kills_instead_of_hanging) {
-    size_t limit = 0;
-    std::ifstream("/proc/sys/vm/max_map_count") >> limit;
-    if (limit == 0 || limit > 300000) {
-        throw check::Skipped("the limit of memory areas is unknown or large");
-    }
-    const ScratchFile file(random_bytes(3 * page_size(), 4));
-    const Reserved place(3);
-    const Reserved crowd(2 * limit);
-    const int status = status_of_child([&] {
-        MappedFile(file.path()).map_over(place.base, 0, place.size);
-        BusErrorGuard guard;
-        guard.watch(place.base, place.size);
-        size_t i = 0;
-        while (::mprotect(crowd.page(2 * i), page_size(), PROT_NONE) == 0) {
-            ++i;
-        }
-        static_cast<void>(::truncate(file.path().c_str(), 0) == 0 && touch(place.page(1)) != 0);
-    });
-    CHECK(!survived(status));
-    CHECK(!hung(status));
-}
-#endif
 
 // -------- reading
 
