@@ -205,7 +205,7 @@ class Llama(ServedLlama):
             self.store.forget_page_cache()
             # A task's experts fit the arena, whose slots may be divided otherwise among layers of several sizes.
             if experts != "task":
-                self.store.session.use_slots()
+                self.store.session.use_slots(self.plan.spared_bytes, self.plan.lent_bytes)
             if skip_mass:
                 self.skip_mass = skip_mass
             if self.task_mode is not None:

@@ -34,6 +34,9 @@ TABLE_SHARE = 2
 LEAST_ROWS = 64
 """Rows of the token embedding for a batch, however narrow it is: a text comes back to its words."""
 
+SCATTERED_BYTES = MIB
+"""One token's results lie where a batch's do, each on pages of its own: more than they would take side by side."""
+
 NOMINAL_PROCESS_BYTES = 64 * MIB
 """What Python and libraries take, roughly; what they really take differs a little between two processes."""
 
@@ -87,6 +90,9 @@ class ExpertPlan:
         Tokens of context, and of one physical batch.
     arena_bytes : int
         Memory for experts, whole pages.
+    spared_bytes, lent_bytes : int
+        Where experts are in slots, what they have besides: page tables that are not needed then, and, while tokens are
+        decoded one by one, memory that only prompt batches need.
     rows_bytes : int
         Memory for rows of the token embedding, whole pages; 0 where all of it is held, with the dense weights.
     floor_budget : int
@@ -106,6 +112,8 @@ class ExpertPlan:
     n_ctx: int
     n_ubatch: int
     arena_bytes: int
+    spared_bytes: int
+    lent_bytes: int
     rows_bytes: int
     floor_budget: int
     resident_share: float
@@ -244,6 +252,10 @@ def _divide(
             break
 
     arena, rows, spread = arena_for(chosen), rows_of(chosen), spread_of(chosen)
+    spared = max(0, -pages.spread(arena, chosen.n_ubatch))
+    lent = 0
+    if pages.slotted and arena < pages.total:
+        lent = max(0, chosen.compute_bytes - 2 * footprint(chosen.n_ctx, 1).compute_bytes - SCATTERED_BYTES)
     if chosen.n_ubatch < min(widest, chosen.n_ctx):
         mode = "small-batches"
     else:
@@ -261,7 +273,12 @@ def _divide(
         PlanLine("dense weights", dense, needed),
         *embedding,
         PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
-        PlanLine("compute buffers", chosen.compute_bytes, f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"),
+        PlanLine(
+            "compute buffers",
+            chosen.compute_bytes,
+            f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"
+            + (f"; {format_bytes(lent)} lent to experts while decoding" if lent else ""),
+        ),
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
         *reserved,
         PlanLine("expert arena", arena, f"{share:.0%} of {format_bytes(index.expert_bytes)} of experts"),
@@ -279,6 +296,8 @@ def _divide(
         n_ctx=chosen.n_ctx,
         n_ubatch=chosen.n_ubatch,
         arena_bytes=arena,
+        spared_bytes=spared,
+        lent_bytes=lent,
         rows_bytes=rows,
         floor_budget=floor_budget,
         resident_share=share,

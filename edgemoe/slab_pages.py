@@ -44,19 +44,26 @@ class SlabPages:
         """All parts of one expert of each layer, layers ascending."""
         return tuple(sum(slab for slab, _ in self._layers[layer]) for layer in sorted(self._layers))
 
+    @property
+    def slotted(self) -> bool:
+        """Whether experts can take turns in slots: slabs are whole pages."""
+        return not any(slab % page_size() for slab in self._slab_bytes)
+
     def spread(self, arena: int, n_ubatch: int) -> int:
         """Give what MUL_MAT_ID's tables take beyond page tables that are not needed, where experts are in slots.
+
+        Negative where more page tables are not needed than those tables take.
 
         ggml-cpu.c, ggml_compute_forward_mul_mat_id: for each expert, here for each slot, a counter of 8 bytes, a cache
         line, and a place of 8 bytes for each row that a batch has (tokens times experts used), of which only those that
         chose the expert, one a token at most, are written to. In the course of time each slot's are.
         """
-        if arena >= self.total or any(slab % page_size() for slab in self._slab_bytes):
+        if arena >= self.total or not self.slotted:
             return 0
         n_slots = arena // min(self.of_one_expert())
         place = 8 * n_ubatch * max(self._used.values())
         written = (-(-8 * n_ubatch // page_size()) + 1) * page_size()
-        return max(0, n_slots * (72 + min(place, written)) + page_size() - (self.total - arena) // 512)
+        return n_slots * (72 + min(place, written)) + page_size() - (self.total - arena) // 512
 
     def whole(self, n_ubatch: int) -> int:
         """Worst case of one layer's experts for a batch, all parts at once."""

@@ -47,7 +47,7 @@ class StoreStats:
     dense_bytes : int
         Bytes of all other tensors read so far, rows of the token embedding included.
     resident_bytes, peak_bytes, arena_bytes : int
-        Memory that experts hold now, held at most, may hold.
+        Memory that experts hold now, held at most, may hold at most.
     read_seconds, busy_seconds : float
         Wall time that computation waited for experts; in which at least one read was under way.
     prefetched_bytes, wasted_bytes : int
@@ -227,7 +227,7 @@ class ExpertStore:
             dense_bytes=native.dense_bytes,
             resident_bytes=native.resident_bytes,
             peak_bytes=native.peak_bytes,
-            arena_bytes=self.arena_bytes,
+            arena_bytes=native.arena_bytes,
             read_seconds=native.read_ns / 1e9,
             busy_seconds=native.busy_ns / 1e9,
             prefetched_bytes=native.expected_bytes,

@@ -92,10 +92,27 @@ std::byte* ExpertStore::place(int id, std::byte* region) {
     return data;
 }
 
-void ExpertStore::use_slots() {
+void ExpertStore::use_slots(uint64_t spared_bytes, uint64_t lent_bytes) {
     if (!all_fit_ && io_ != Io::mmap && tuning_.recycle && resident_bytes_ == 0 && !slots_.laid_out()) {
-        slots_.lay_out(slabs_, arena_bytes_);
+        slots_.lay_out(slabs_, arena_bytes_ + spared_bytes, lent_bytes);
     }
+}
+
+void ExpertStore::repay() {
+    if (!slots_.borrowing()) {
+        return;
+    }
+    release();
+    abandon_expectations();
+    drop_failed();
+    for (size_t entry = 0; entry < entries_.size(); ++entry) {
+        const Entry& of = entries_[entry];
+        if (of.slot != Slots::kNone && slots_.is_borrowed(of.layer, of.slot)) {
+            evictions_ += static_cast<uint64_t>(__builtin_popcount(of.resident));
+            drop(static_cast<int32_t>(entry), of.resident);
+        }
+    }
+    slots_.repay();
 }
 
 SlotView ExpertStore::slots_of(int id) const {
@@ -350,6 +367,7 @@ StoreStats ExpertStore::stats() const {
     stats.evictions = evictions_;
     stats.bytes_read = lanes_.bytes_read();
     stats.dense_bytes = dense_bytes_;
+    stats.arena_bytes = arena_bytes();
     stats.resident_bytes = resident_bytes_;
     stats.peak_bytes = peak_bytes_;
     stats.read_ns = read_ns_;

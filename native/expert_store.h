@@ -12,7 +12,8 @@
 //   next `request` or `release`. `acquire` is both. They throw SystemError when the slabs cannot be had; nothing
 //   half-read counts as resident afterwards.
 // - `expect` has slabs read that are likely to be asked for next, after all that is asked for.
-// - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met.
+// - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met. Slots
+//   may be lent more.
 // - A slab is at its place or, after `use_slots`, where `slots_of` and `slot` say, until it leaves.
 // - One thread calls all of these at a time. `stats` may be read from any thread at any time.
 // - Direct, mmap and pread give identical bytes; they differ in speed and in what the page cache sees.
@@ -53,6 +54,7 @@ struct StoreStats {
     uint64_t evictions = 0;       // slabs dropped for others
     uint64_t bytes_read = 0;      // expert bytes that arrived from disk (whole pages in direct and mmap mode)
     uint64_t dense_bytes = 0;     // bytes of the other tensors read so far
+    uint64_t arena_bytes = 0;     // what they may hold at most
     uint64_t resident_bytes = 0;  // pages held by resident slabs
     uint64_t peak_bytes = 0;      // their maximum so far
     uint64_t read_ns = 0;         // wall time spent waiting for the disk
@@ -94,9 +96,13 @@ class ExpertStore {
     void read_rows(int id, const std::vector<int32_t>& rows);           // blocking; of a table that is read by rows
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
     // Once all is placed, and before anything is asked for: where not all experts fit, have them in slots instead of at
-    // their places, if they can be (Slots).
-    void use_slots();
+    // their places, if they can be (Slots). Then the arena has `spared_bytes` more, those of page tables that places
+    // would take, and `lent_bytes` between `borrow` and `repay`.
+    void use_slots(uint64_t spared_bytes = 0, uint64_t lent_bytes = 0);
     bool in_slots() const { return slots_.laid_out(); }
+    void borrow() { slots_.borrow(); }
+    bool borrowing() const { return slots_.borrowing(); }
+    void repay();  // waits for what is being read, and forgets the last request
     SlotView slots_of(int id) const;
     int32_t slot(int layer, int32_t expert) const;  // of one that was asked for; throws SystemError otherwise
 
@@ -140,7 +146,7 @@ class ExpertStore {
     void count_hits(uint64_t slabs) { hits_ += slabs; }
 
     StoreStats stats() const;
-    uint64_t arena_bytes() const { return arena_bytes_; }
+    uint64_t arena_bytes() const { return slots_.laid_out() ? slots_.bytes() : arena_bytes_; }  // at most
     Io io() const { return io_; }
     const Tuning& tuning() const { return tuning_; }
     int n_lanes() const { return lanes_.size(); }

@@ -83,6 +83,7 @@ struct MemoryUse {  // llama-ext.h: struct llama_memory_breakdown_data, bytes
     size_t compute = 0;
 };
 
+constexpr int kUsageCompute = 2;   // GGML_BACKEND_BUFFER_USAGE_COMPUTE
 constexpr int kStatusFailed = -1;  // GGML_STATUS_FAILED
 constexpr int kStatusSuccess = 0;
 

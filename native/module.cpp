@@ -123,6 +123,7 @@ NB_MODULE(_native, m) {
         .def_ro("evictions", &edgemoe::StoreStats::evictions)
         .def_ro("bytes_read", &edgemoe::StoreStats::bytes_read)
         .def_ro("dense_bytes", &edgemoe::StoreStats::dense_bytes)
+        .def_ro("arena_bytes", &edgemoe::StoreStats::arena_bytes)
         .def_ro("resident_bytes", &edgemoe::StoreStats::resident_bytes)
         .def_ro("peak_bytes", &edgemoe::StoreStats::peak_bytes)
         .def_ro("expected_hits", &edgemoe::StoreStats::expected_hits)
@@ -189,7 +190,13 @@ NB_MODULE(_native, m) {
             "prefer",
             [](Session& s, int layer, const std::vector<int32_t>& experts) { s.store.prefer(layer, experts); },
             "layer"_a, "experts"_a)
-        .def("use_slots", [](Session& s) { s.store.use_slots(); })
+        .def(
+            "use_slots",
+            [](Session& s, uint64_t spared_bytes, uint64_t lent_bytes) {
+                s.store.use_slots(spared_bytes, lent_bytes);
+                s.attached().hook->lend(lent_bytes);
+            },
+            "spared_bytes"_a = 0, "lent_bytes"_a = 0)
         .def("in_slots", [](Session& s) { return s.store.in_slots(); })
         .def("residents", [](Session& s) { return s.store.residents(); })
         .def(

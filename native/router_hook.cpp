@@ -202,6 +202,7 @@ bool RouterHook::select(int layer, ggml::Tensor* top_k) {
 
 bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     served_layer_ = layer;
+    batch_memory_.learn(top_k);
     staged_ = false;
     arriving_ = 0;
     const int n_parts = store_.n_parts(layer);
@@ -283,6 +284,11 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
     staged_ = false;
     arriving_ = 0;
     served_layer_ = -1;
+    if (n_tokens != 1) {
+        store_.repay();
+    } else if (lent_bytes_ > 0 && !store_.borrowing() && batch_memory_.give_back(lent_bytes_)) {
+        store_.borrow();
+    }
     skipping_.begin(position, n_tokens);
 }
 

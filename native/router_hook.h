@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "batch_memory.h"
 #include "expert_buffer.h"
 #include "expert_mask.h"
 #include "expert_store.h"
@@ -45,6 +46,8 @@ class RouterHook {
 
     // Before each llama_decode, of so many tokens that start there.
     void begin(int64_t position = 0, int64_t n_tokens = 0);
+    // Experts may have so much of the memory that batches are computed in while tokens are decoded one by one.
+    void lend(uint64_t n_bytes) { lent_bytes_ = n_bytes; }
     void interrupt();  // from any thread: stop the running llama_decode
     bool interrupted() const { return stop_; }
     // What went wrong since `begin`, or empty.
@@ -82,6 +85,8 @@ class RouterHook {
     Skipping skipping_;
     LookAhead look_ahead_;
     StandIns stand_ins_;
+    BatchMemory batch_memory_;
+    uint64_t lent_bytes_ = 0;
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
     std::vector<int32_t> ids_, rows_;

@@ -8,7 +8,7 @@ namespace edgemoe {
 namespace {
 
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
-constexpr uint64_t kMostLent = 8;  // one part in so many of the arena
+constexpr uint64_t kMostBeyond = 8;  // their shares: one part in so many of the arena
 
 std::byte* next_huge_page(std::byte* memory) {
     const auto at = reinterpret_cast<uintptr_t>(memory);
@@ -31,21 +31,58 @@ void Slots::clear() {
     kind_of_.clear();
 }
 
-void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes) {
-    if (!find_kinds(slabs) || !divide(arena_bytes)) {
+void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes, uint64_t lent_bytes) {
+    const bool whole_pages = find_kinds(slabs);
+    const std::vector<uint64_t> n_own = whole_pages ? divide(arena_bytes) : std::vector<uint64_t>{};
+    if (n_own.empty()) {
         clear();
         return;
     }
-    for (Kind& kind : kinds_) {
+    std::vector<uint64_t> n_slots = divide(arena_bytes + lent_bytes);
+    n_slots.resize(n_own.size());
+    for (size_t i = 0; i < kinds_.size(); ++i) {
+        Kind& kind = kinds_[i];
+        kind.n_own = n_own[i];
+        kind.n_slots = std::max(n_own[i], n_slots[i]);
         for (Part& part : kind.parts) {
-            const uint64_t n = part.stride * kind.n_slots;
+            const uint64_t n = part.stride * kind.n_slots, own = part.stride * kind.n_own;
             part.memory = reserve_memory(n + kHugePage);
             part.first = next_huge_page(part.memory);
-            use_huge_pages(part.first, n / kHugePage * kHugePage);  // none reaches beyond the last slot
+            // None reaches beyond the last slot, or from the own ones to those that are borrowed.
+            use_huge_pages(part.first, own / kHugePage * kHugePage);
+            std::byte* const borrowed = next_huge_page(part.first + own);
+            if (borrowed < part.first + n) {
+                use_huge_pages(borrowed, static_cast<uint64_t>(part.first + n - borrowed) / kHugePage * kHugePage);
+            }
         }
-        kind.free.resize(kind.n_slots);
+        kind.free.resize(kind.n_own);
         std::iota(kind.free.rbegin(), kind.free.rend(), 0);  // the first is taken first
     }
+}
+
+void Slots::borrow() {
+    for (Kind& kind : kinds_) {
+        for (uint64_t slot = kind.n_slots; slot > kind.n_own && !borrowing_; --slot) {
+            kind.free.push_back(static_cast<int32_t>(slot - 1));
+        }
+    }
+    borrowing_ = laid_out();
+}
+
+void Slots::repay() {
+    for (Kind& kind : kinds_) {
+        const auto own = [&](int32_t slot) { return slot < static_cast<int32_t>(kind.n_own); };
+        kind.free.erase(std::stable_partition(kind.free.begin(), kind.free.end(), own), kind.free.end());
+        for (const Part& part : kind.parts) {
+            discard(part.first + part.stride * kind.n_own, part.stride * (kind.n_slots - kind.n_own));
+        }
+    }
+    borrowing_ = false;
+}
+
+uint64_t Slots::bytes() const {
+    return std::accumulate(kinds_.begin(), kinds_.end(), uint64_t{0},
+                           [](uint64_t sum, const Kind& kind) { return sum + kind.slot_bytes() * kind.n_slots; });
 }
 
 // False: a slab is not whole pages.
@@ -86,32 +123,35 @@ bool Slots::find_kinds(const Slabs& slabs) {
     return !kinds_.empty();
 }
 
-// Every kind has room for a whole layer, since a batch may choose all of it; those that get more than that share the
-// rest. False: what such small kinds need beyond their share is missed elsewhere.
-bool Slots::divide(uint64_t arena_bytes) {
-    uint64_t all = 0, left = arena_bytes, others = 0, lent = 0;
+// How many slots of each kind. Every kind has room for a whole layer, since a batch may choose all of it; those that
+// get more than that share the rest. Empty: what such small kinds need beyond their share is missed elsewhere.
+std::vector<uint64_t> Slots::divide(uint64_t arena_bytes) const {
+    uint64_t all = 0, left = arena_bytes, others = 0, beyond = 0;
     for (const Kind& kind : kinds_) {
         all += kind.slot_bytes() * kind.n_slabs;
     }
-    for (Kind& kind : kinds_) {
+    std::vector<uint64_t> n_slots;
+    for (const Kind& kind : kinds_) {
         const uint64_t share = arena_bytes * kind.n_slabs / all;
         if (share >= kind.n_expert) {
             others += kind.slot_bytes() * kind.n_slabs;
+            n_slots.push_back(0);
             continue;
         }
-        kind.n_slots = kind.n_expert;
-        lent += (kind.n_expert - share) * kind.slot_bytes();
+        n_slots.push_back(kind.n_expert);
+        beyond += (kind.n_expert - share) * kind.slot_bytes();
         left -= std::min(left, kind.n_expert * kind.slot_bytes());
     }
-    for (Kind& kind : kinds_) {
-        if (kind.n_slots == 0) {
-            kind.n_slots = std::min(kind.n_slabs, left * kind.n_slabs / others);
+    for (size_t i = 0; i < kinds_.size(); ++i) {
+        const Kind& kind = kinds_[i];
+        if (n_slots[i] == 0) {
+            n_slots[i] = std::min(kind.n_slabs, left * kind.n_slabs / others);
         }
-        if (kind.n_slots < kind.n_expert) {
-            return false;
+        if (n_slots[i] < kind.n_expert) {
+            return {};
         }
     }
-    return lent <= arena_bytes / kMostLent;
+    return beyond <= arena_bytes / kMostBeyond ? n_slots : std::vector<uint64_t>{};
 }
 
 uint64_t Slots::Kind::slot_bytes() const {

@@ -16,9 +16,7 @@ StandIns::StandIn& StandIns::of(int id, const ggml::Tensor* experts) {
         its = std::make_unique<StandIn>();
         its->experts = *experts;
         its->experts.data = view.first;
-        its->experts.ne[2] = view.n_slots;
         its->experts.nb[2] = view.stride;
-        its->experts.nb[3] = view.stride * static_cast<size_t>(view.n_slots);
         experts_.emplace(&its->experts, id);
     }
     return *its;
@@ -36,6 +34,9 @@ void StandIns::put_in(ggml::Tensor* node, int id) {
     for (int32_t& number : its.slots) {
         number = store_.slot(store_.tensor(id).layer, number);
     }
+    // MUL_MAT_ID takes memory for each slot that there is.
+    its.experts.ne[2] = store_.slots_of(id).n_slots;
+    its.experts.nb[3] = its.experts.nb[2] * static_cast<size_t>(its.experts.ne[2]);
     its.ids = *its.selected;
     its.ids.view_src = nullptr;
     its.ids.nb[0] = sizeof(int32_t);

@@ -68,6 +68,29 @@ def test_every_architecture_looks_its_tokens_up(
     assert_same_logits(path, 0.25, 24)
 
 
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_every_architecture_lends_what_batches_are_computed_in(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt and answer twice: memory of the first prompt goes to experts, and back for the second."""
+    monkeypatch.setattr(plan, "SCATTERED_BYTES", 0)
+    path = tmp_path / f"{architecture}.gguf"
+    write_tiny_model(path, architecture)
+    prompt = np.random.default_rng(4).integers(4, 200, 64).tolist()
+    with arena_share(0.75), Llama(str(path), n_ubatch=16, **SETTINGS) as ours:
+        plain = plain_llama(path, n_ubatch=ours.plan.n_ubatch, **SETTINGS)
+        answer = greedy(plain, prompt, 24)
+        expected = logits(plain, prompt, answer)
+        plain.close()
+        for _ in range(2):
+            np.testing.assert_array_equal(logits(ours, prompt, answer), expected)
+        stats = ours.store.stats()
+        if ours.store.session.in_slots():
+            assert ours.plan.lent_bytes > 0
+            assert stats.peak_bytes > ours.plan.arena_bytes + ours.plan.spared_bytes
+        assert stats.peak_bytes <= stats.arena_bytes
+
+
 @pytest.mark.parametrize("io", ["direct", "mmap", "pread"])
 def test_rows_of_tokens_come_and_go(io: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "LEAST_ROWS", 4)

@@ -19,8 +19,17 @@ from edgemoe.allocation import ExpertBudget, uniform
 from edgemoe.errors import BudgetError
 from edgemoe.expert_set import ExpertLayers
 from edgemoe.index import ExpertIndex, read_index
-from edgemoe.memory import Budget, page_size
-from edgemoe.plan import LEAST_ROWS, ExpertPlan, Footprint, expert_pages, headroom_of, kernel_scratch, make_plan
+from edgemoe.memory import Budget, format_bytes, page_size
+from edgemoe.plan import (
+    LEAST_ROWS,
+    SCATTERED_BYTES,
+    ExpertPlan,
+    Footprint,
+    expert_pages,
+    headroom_of,
+    kernel_scratch,
+    make_plan,
+)
 from edgemoe.slab_pages import SlabPages
 
 MIB = 1 << 20
@@ -269,3 +278,26 @@ def test_what_slots_take_of_llama_cpp_is_planned_for_exactly_where_experts_are_i
         else:
             assert spread == 0
     assert seen == {True, False}
+
+
+def test_experts_in_slots_have_what_batches_and_unused_page_tables_leave(tmp_path: Path) -> None:
+    index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
+    found = make_plan(index, Budget(8 << 30, "--ram"), footprint, PROCESS, 512, 512)
+    assert found.lent_bytes == 24576 * 512 - 2 * 24576 - SCATTERED_BYTES
+    assert f"{format_bytes(found.lent_bytes)} lent to experts" in next(
+        line.why for line in found.lines if line.name == "compute buffers"
+    )
+    # The tables of all experts' places are planned for; of these, what experts in slots need is less by far.
+    beyond = index.expert_bytes - found.arena_bytes
+    assert 0.2 * beyond / 512 < found.spared_bytes < beyond / 512 < found.bytes_of("page tables")
+
+
+@pytest.mark.parametrize("mebibytes", [120, 400], ids=["in places", "all fit"])
+def test_nothing_is_lent_without_slots(mebibytes: int) -> None:
+    found = plan(mebibytes, 512, 512)
+    assert (found.lent_bytes, found.spared_bytes) == (0, 0)
+
+
+def test_no_more_is_lent_than_a_batch_takes(tmp_path: Path) -> None:
+    index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
+    assert make_plan(index, Budget(8 << 30, "--ram"), footprint, PROCESS, 512, 1).lent_bytes == 0

@@ -6,6 +6,8 @@
 
 #include "check.h"
 #include "fake_ggml.h"
+#include "reserved.h"
+#include "resident_pages.h"
 #include "running_hook.h"
 #include "tiny_model.h"
 
@@ -102,6 +104,38 @@ TEST(graph_that_is_computed_again_finds_its_experts) {
     }
     CHECK(slots.size() > 1);
     CHECK_EQUAL(running.n_products, 6 * 6);
+}
+
+// Between two single tokens experts have the memory that batches are computed in; a batch gets it back.
+TEST(batch_memory_is_lent_while_tokens_come_one_by_one) {
+    const TinyModel model = moe_model(2 * page_size());
+    Running running(model, Io::pread, slab_pages(27), {}, 2, slab_pages(9));
+    CHECK(running.store->in_slots());
+    edgemoe::ggml::BufferType type{};
+    type.iface.is_host = [](edgemoe::ggml::BufferType*) { return true; };
+    Reserved memory(40);
+    edgemoe::ggml::Buffer batch{{}, &type, memory.base, memory.size, edgemoe::ggml::kUsageCompute};
+    batch.iface.get_base = [](edgemoe::ggml::Buffer* buffer) { return buffer->context; };
+    const auto compute = [&](size_t n_tokens) {
+        Graph graph;
+        std::mt19937 random(static_cast<uint32_t>(n_tokens));
+        running.add_layer(graph, 0, random_ids(random, n_tokens, 3), {0, 1, 2}, "", &batch);
+        running.hook->begin(0, static_cast<int64_t>(n_tokens));
+        std::memset(memory.base, 1, n_tokens > 1 ? memory.size : 1);
+        CHECK(graph.run(*running.hook));
+        CHECK_EQUAL(running.hook->take_failure(), "");
+    };
+    compute(1);
+    CHECK(!running.store->borrowing());  // nobody has seen a graph before
+    compute(5);
+    CHECK_EQUAL(count_resident(memory.base, memory.size), 40U);
+    compute(1);
+    CHECK(running.store->borrowing());
+    CHECK_EQUAL(count_resident(memory.base, memory.size), 1U);
+    compute(1);
+    CHECK(running.store->borrowing());
+    compute(2);
+    CHECK(!running.store->borrowing());
 }
 
 TEST(expert_that_was_not_asked_for_has_no_slot) {

@@ -24,7 +24,8 @@ inline TinyModel moe_model(uint64_t slab_bytes) {
 
 class Running {
    public:
-    Running(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes, edgemoe::Tuning tuning = {}, int n_lanes = 2)
+    Running(const TinyModel& model, edgemoe::Io io, uint64_t arena_bytes, edgemoe::Tuning tuning = {}, int n_lanes = 2,
+            uint64_t lent_bytes = 0)
         : model_(model), api(fake_ggml::make_api()) {
         skip_without(io, model);
         CHECK_EQUAL(api.check_layout(), "");
@@ -39,14 +40,16 @@ class Running {
         loaded = std::make_unique<fake_ggml::LoadedModel>(model, *buffer);
         CHECK_EQUAL(loaded->status, edgemoe::ggml::kStatusSuccess);
         buffer->restore_names();
-        store->use_slots();
+        store->use_slots(0, lent_bytes);
         hook = std::make_unique<edgemoe::RouterHook>(*store, *buffer, api);
+        hook->lend(lent_bytes);
     }
 
     // A layer as llama.cpp builds it: argsort, a strided view of it, then a MUL_MAT_ID for each part. The ids exist
     // only once the argsort has been computed, and each MUL_MAT_ID compares the experts it reads with the file.
     void add_layer(fake_ggml::Graph& graph, int layer, const std::vector<std::vector<int32_t>>& ids,
-                   std::vector<size_t> parts = {0, 1, 2}, const std::string& top_k_name = "") {
+                   std::vector<size_t> parts = {0, 1, 2}, const std::string& top_k_name = "",
+                   edgemoe::ggml::Buffer* batch_memory = nullptr) {
         const auto n_tokens = static_cast<int64_t>(ids.size());
         const auto n_used = static_cast<int64_t>(ids.front().size());
         auto& sorted = sorted_.emplace_back(static_cast<size_t>(kExperts * n_tokens), -12345);
@@ -65,6 +68,7 @@ class Running {
         view.op = fake_ggml::kOpView;
         view.nb[1] = kExperts * sizeof(int32_t);
         view.data = sorted.data();
+        view.buffer = batch_memory;
         edgemoe::ggml::Tensor* top_k = graph.add(view);
         graph.add(fake_ggml::make_tensor(fake_ggml::kF32, "ffn_moe_topk-" + std::to_string(layer) + " (copy)",
                                          {n_used, n_tokens}));

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "check.h"
+#include "resident_pages.h"
 #include "tiny_model.h"
 
 using edgemoe::Io;
@@ -145,6 +146,60 @@ TEST(a_kind_of_one_layer_holds_it_whole_unless_that_takes_too_much) {
     CHECK_EQUAL(slots.n_slots(9), 8);
     CHECK(slots.n_slots(0) >= 36 && slots.n_slots(0) < 72);
     CHECK(!lays_out(model, 120));
+}
+
+TEST(borrowed_slots_come_last_and_are_given_back) {
+    const TinyModel model({{8, {kHugePage / 2}}, {8, {kHugePage / 2}}}, {}, 1, 5);
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 9 * kHugePage / 2, 4 * kHugePage / 2);
+    const Slabs::Tensor& tensor = placed.tensor(model.id_of(0, 0));
+    const int32_t own = slots.n_slots(0);
+    CHECK(own >= 8);
+    slots.borrow();
+    CHECK(slots.borrowing());
+    const int32_t n = slots.n_slots(0);
+    CHECK(n >= own + 3);
+    CHECK_EQUAL(slots.bytes(), slots.stride(tensor) * static_cast<uint64_t>(n));
+    slots.borrow();  // once more changes nothing
+    std::set<int32_t> taken;
+    while (slots.has_room(0)) {
+        const int32_t slot = slots.take(0);
+        std::memset(slots.address(tensor, slot), 1, tensor.slab_bytes);
+        taken.insert(slot);
+    }
+    CHECK_EQUAL(taken.size(), static_cast<size_t>(n));
+    CHECK_EQUAL(*taken.rbegin(), n - 1);
+    for (const int32_t slot : taken) {
+        CHECK_EQUAL(slots.is_borrowed(0, slot), slot >= own);
+        if (slot != 0 && slot != 3) {
+            slots.give(0, slot);
+        }
+    }
+    slots.repay();
+    CHECK(!slots.borrowing());
+    CHECK_EQUAL(slots.n_slots(0), own);
+    std::byte* const first = slots.address(tensor, 0) - tensor.spec.offset % page_size();
+    CHECK_EQUAL(count_resident(first + slots.stride(tensor) * static_cast<uint64_t>(own),
+                               slots.stride(tensor) * static_cast<uint64_t>(n - own)),
+                0U);
+    CHECK(*slots.address(tensor, 3) == std::byte{1});
+    int32_t n_free = 0;
+    for (; slots.has_room(0); ++n_free) {
+        const int32_t slot = slots.take(0);
+        CHECK(slot < own && slot != 0 && slot != 3);
+    }
+    CHECK_EQUAL(n_free, own - 2);
+}
+
+TEST(nothing_is_borrowed_that_no_slab_needs) {
+    const uint64_t page = page_size();
+    const TinyModel model({{8, {page, page}}, {8, {page, page}}}, {}, 1, 1);
+    const Placed placed(model);
+    Slots slots;
+    slots.lay_out(placed.slabs, 45 * page, 100 * page);
+    slots.borrow();
+    CHECK_EQUAL(slots.n_slots(0), 16);
 }
 
 TEST(layers_that_llama_cpp_leaves_out_take_none) {

@@ -1,4 +1,5 @@
-// Requests and guesses in any order, with and without files that become shorter: whatever is asked for is there.
+// Requests and guesses in any order, with and without files that become shorter and memory that is lent: whatever is
+// asked for is there.
 #include <array>
 #include <random>
 
@@ -53,10 +54,11 @@ class Interleaving {
     Interleaving(TinyModel model, Io io, int n_lanes, uint64_t arena_pages, Tuning tuning, uint32_t seed)
         : model_(std::move(model)),
           placed_(model_, io, n_lanes, arena_pages * page_size(), tuning, page_size()),
+          own_bytes_(arena_pages * page_size()),
           random_(seed) {}
 
-    void use_slots() {
-        placed_->use_slots();
+    void use_slots(uint64_t lent_pages) {
+        placed_->use_slots(0, lent_pages * page_size());
         CHECK(placed_->in_slots());
     }
 
@@ -66,6 +68,11 @@ class Interleaving {
             const int n_expert = model_.layers[static_cast<size_t>(layer)].n_expert;
             if (with_faults && random_() % 10 == 0) {
                 truncated_ ? restore() : truncate();
+            }
+            if (random_() % 10 == 0) {
+                placed_->borrow();
+            } else if (random_() % 10 == 0) {
+                repay();
             }
             switch (random_() % 8) {
                 case 0:
@@ -85,6 +92,7 @@ class Interleaving {
             CHECK(count_resident(placed_.base(), placed_.size()) * page_size() <= placed_->arena_bytes());
         }
         restore();
+        repay();
         serve_everything();
         // How much is served while files are too short depends on what had arrived before.
         CHECK(n_served_ > (with_faults ? 0 : n_steps / 8));
@@ -95,6 +103,14 @@ class Interleaving {
         ScratchFile& file = *model_.files[random_() % 2];
         file.truncate(random_() % file.bytes().size());
         truncated_ = true;
+    }
+    // Whoever is in memory afterwards is so within what is not borrowed.
+    void repay() {
+        placed_->repay();
+        CHECK(!placed_->borrowing());
+        if (placed_->in_slots()) {
+            CHECK(placed_->stats().resident_bytes <= own_bytes_);
+        }
     }
     void restore() {
         for (const auto& file : model_.files) {
@@ -156,6 +172,7 @@ class Interleaving {
 
     const TinyModel model_;
     PlacedStore placed_;
+    const uint64_t own_bytes_;
     std::mt19937 random_;
     bool truncated_ = false;
     int n_served_ = 0;
@@ -191,7 +208,7 @@ void interleave_in_slots(Io io) {
                 Tuning tuning;
                 tuning.forecast = seed % 2 == 0;
                 Interleaving interleaving(even_model(seed), io, n_lanes, arena_pages, tuning, seed);
-                interleaving.use_slots();
+                interleaving.use_slots(seed % 4 * 10);
                 interleaving.run(150, with_faults);
                 ++seed;
             }
