@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from edgemoe.errors import BudgetError
 from edgemoe.index import ExpertIndex, Tensor
@@ -199,7 +200,8 @@ def _divide(
     pages = SlabPages(index)
     set_aside = sum(line.bytes for line in reserved)
     dense = index.dense_bytes - (table.n_bytes if table else 0)
-    fixed = process_bytes + dense + set_aside
+    routers = _router_copies(index)
+    fixed = process_bytes + dense + routers + set_aside
     headroom = headroom_of(budget.bytes)
     # 8 bytes for each page that was ever used: evicting an expert frees its pages, not the tables that map them.
     tables = -(-(pages.total + index.dense_bytes) // 512)
@@ -272,6 +274,7 @@ def _divide(
         PlanLine("Python and libraries", process_bytes, "measured in this process, vocabulary included"),
         PlanLine("dense weights", dense, needed),
         *embedding,
+        PlanLine("router copies", routers, "in 8 bits, to guess the next layer's experts"),
         PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
         PlanLine(
             "compute buffers",
@@ -309,6 +312,12 @@ def _divide(
 def _rows_bytes(table: Tensor, n_ubatch: int) -> int:
     """Pages for the rows of two batches at worst: this one's, and what those before it left."""
     return 2 * max(n_ubatch, LEAST_ROWS) * pages_of_one(table.row_bytes, table.offset)
+
+
+def _router_copies(index: ExpertIndex) -> int:
+    """Look-ahead's routers: a byte for each weight and four for each row."""
+    routers = (tensor.shape for tensor in index.tensors if tensor.name.endswith(".ffn_gate_inp.weight"))
+    return sum(prod(shape) + 4 * shape[-1] for shape in routers)
 
 
 def safe_mebibytes(floor_budget: int) -> int:

@@ -34,7 +34,7 @@ const ggml::Tensor* find_router(const ggml::Tensor* node, const std::string& wei
 
 }  // namespace
 
-const LookAhead::Router& LookAhead::router_of(int layer) {
+LookAhead::Router& LookAhead::router_of(int layer) {
     const auto found = routers_.find(layer);
     if (found != routers_.end()) {
         return found->second;
@@ -43,12 +43,12 @@ const LookAhead::Router& LookAhead::router_of(int layer) {
         .emplace(layer, Router{name_in(layer - 1, ""), name_in(layer - 1, "ffn_gate_inp.weight"),
                                buffer_.dense(name_in(layer, "ffn_gate_inp.weight")),
                                buffer_.dense(name_in(layer, "ffn_gate_inp.bias")),
-                               buffer_.dense(name_in(layer, "exp_probs_b.bias"))})
+                               buffer_.dense(name_in(layer, "exp_probs_b.bias")), std::nullopt})
         .first->second;
 }
 
 std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens) {
-    const auto& [before, before_weights, weights, bias, selection_bias] = router_of(layer);
+    auto& [before, before_weights, weights, bias, selection_bias, copy] = router_of(layer);
     const ggml::Tensor* router = find_router(top_k, before_weights, kDeepest);
     if (weights == nullptr || router == nullptr || router->src[1] == nullptr || weights->type != kF32 ||
         router->src[1]->type != kF32 || router->src[1]->ne[0] != weights->ne[0]) {
@@ -67,7 +67,10 @@ std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, in
             }
         }
     }
-    std::vector<float> state(static_cast<size_t>(n_embd)), scores(static_cast<size_t>(n_expert));
+    if (!copy) {
+        copy.emplace(*weights);
+    }
+    std::vector<float> state(static_cast<size_t>(n_embd));
     std::vector<int32_t> order(static_cast<size_t>(n_expert)), rows;
     const int64_t step = (n_tokens + kSample - 1) / kSample;
     for (int64_t back = 1; back <= n_tokens; back += step) {
@@ -76,13 +79,13 @@ std::vector<int32_t> LookAhead::rows_of(int layer, const ggml::Tensor* top_k, in
         for (int64_t i = 0; i < n_embd; ++i) {
             state[i] = norm != nullptr && norm[i] != 0 ? given[i] / norm[i] * next_norm[i] : given[i];
         }
+        std::vector<float> scores = copy->scores(state);
         for (int64_t expert = 0; expert < n_expert; ++expert) {
-            float score = dot(row_of(weights, expert), state.data(), n_embd);
+            float& score = scores[static_cast<size_t>(expert)];
             score += bias != nullptr ? row_of(bias, 0)[expert] : 0;
             if (selection_bias != nullptr) {
                 score = 1 / (1 + std::exp(-score)) + row_of(selection_bias, 0)[expert];
             }
-            scores[expert] = score;
         }
         std::iota(order.begin(), order.end(), 0);
         std::partial_sort(order.begin(), order.begin() + n_used, order.end(),

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "expert_buffer.h"
 #include "expert_store.h"
 #include "ggml_abi.h"
+#include "router_copy.h"
 
 namespace edgemoe {
 
@@ -39,13 +41,14 @@ class LookAhead {
     struct Router {  // of a layer, and how the one before it is known in the graph
         std::string before, before_weights;
         const ggml::Tensor *weights, *bias, *selection_bias;
+        std::optional<RouterCopy> copy;  // once it has been asked
     };
     struct Trust {  // the share of guesses that came true, the older ones fading
         double share = 0, watched = 0;
         void add(bool right);
     };
 
-    const Router& router_of(int layer);
+    Router& router_of(int layer);
     std::vector<int32_t> rows_of(int layer, const ggml::Tensor* top_k, int64_t n_tokens);
     std::vector<int32_t> worthwhile(int layer, std::vector<Guess> guesses);
     double chance(int layer, size_t rank) const;
