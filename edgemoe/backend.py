@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from edgemoe.conditions import Conditions
 from edgemoe.dry_run import check_options, n_outputs_max, plan_for, plan_model, refused
 from edgemoe.errors import BackendError
 from edgemoe.index import read_index
@@ -26,6 +27,7 @@ from edgemoe.routed_shares import RoutedShares, place_of
 from edgemoe.router_tap import RouterTap, trace_memory
 from edgemoe.served_model import ServedLlama, Use, built_around, reporting
 from edgemoe.store import ExpertStore, Tuning, forget_libraries, return_freed_memory
+from edgemoe.threads import default_threads
 
 if TYPE_CHECKING:
     from edgemoe.matcher import Match
@@ -65,6 +67,8 @@ class Llama(ServedLlama):
         Context in tokens. None takes what fits the budget, 0 the model's own.
     n_batch, n_ubatch : int, optional
         Logical and physical batch, 512 unless the experts of such a batch do not fit.
+    n_threads, n_threads_batch : int, optional
+        Threads that compute a token, and a prompt batch: by default one for each physical core that may be used.
     skip_mass : float
         While an answer is decoded, leave out experts that would have to be read, the lightest first, up to this share
         of a token's router weights in each layer: 0 (exact) to 0.5. The same prompt and settings give the same answer.
@@ -84,6 +88,8 @@ class Llama(ServedLlama):
     index : ExpertIndex
     plan : ExpertPlan
     store : ExpertStore
+    conditions : Conditions
+        What slows answers down besides the disk.
     tap : RouterTap
         Watches what the routers say.
     residency : Residency
@@ -111,6 +117,8 @@ class Llama(ServedLlama):
         n_ctx: int | None = None,
         n_batch: int = 512,
         n_ubatch: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
         skip_mass: float = 0.0,
         reserved: Sequence[PlanLine] = (),
         tuning: Tuning | None = None,
@@ -132,7 +140,8 @@ class Llama(ServedLlama):
             "reserved": reserved,
             "tuning": tuning,
         }
-        check_options({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **kwargs}, Llama)
+        threads = {"n_threads": n_threads, "n_threads_batch": n_threads_batch}
+        check_options({"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, **threads, **kwargs}, Llama)
         if tuning is not None and not isinstance(tuning, Tuning):
             raise BackendError(f"tuning={tuning!r} is no edgemoe.store.Tuning; leave it out, or give one")
         for name in ("n_gpu_layers", "use_mlock", "vocab_only"):
@@ -176,6 +185,7 @@ class Llama(ServedLlama):
         if machine().cgroup_limit is not None:
             forget_libraries()
         self.store = ExpertStore(self.index, self.plan.arena_bytes, io, tuning, self.plan.rows_bytes)
+        self.conditions = Conditions(faults_tell=self.store.io != "mmap")
         self.tap = RouterTap(self.store, self.index)
         self.residency = Residency(self.store, self.index)
         kwargs.setdefault("verbose", False)
@@ -192,6 +202,8 @@ class Llama(ServedLlama):
                             n_ctx=self.plan.n_ctx,
                             n_batch=n_batch,
                             n_ubatch=self.plan.n_ubatch,
+                            n_threads=n_threads or default_threads(),
+                            n_threads_batch=n_threads_batch or default_threads(),
                             **kwargs,
                         )
                 except ValueError as error:

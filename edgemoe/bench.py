@@ -265,7 +265,7 @@ def _measure(
         residents += _resident(cell, workload, number, scratch, say)
     compute, prompt_compute, source = _compute(runs, residents)
     bound = None
-    if workload.routes is not None and compute is not None and bandwidths:
+    if workload.routes is not None and compute is not None and prompt_compute is not None and bandwidths:
         sizes = [cell.index.expert_size(layer) for layer in cell.index.moe_layers]
         n_ubatch = cell.settings.n_ubatch or len(workload.prompt)
         bandwidth = median(bandwidths)
@@ -318,12 +318,15 @@ def _compute(runs: Sequence[Run], residents: Sequence[Run]) -> tuple[float | Non
     if residents:
         tokens = [seconds for run in residents for seconds in run.token_s]
         return median(tokens), median_of(residents, lambda run: run.prompt_s), "resident"
-    means = [
-        (sum(run.token_s) - run.wait_s) / len(run.token_s)
-        for run in runs
-        if run.arm in ("plain", "all") and run.token_s and run.wait_s is not None
-    ]
-    return (median(means) if means else None), None, "plain"
+    done = [run for run in runs if run.arm in ("plain", "all") and run.token_s]
+    token = median_of(
+        done, lambda run: None if run.wait_s is None else (sum(run.token_s) - run.wait_s) / len(run.token_s)
+    )
+    return token, median_of(done, _prompt_without_waiting), "plain"
+
+
+def _prompt_without_waiting(run: Run) -> float | None:
+    return None if run.prompt_s is None or run.prompt_wait_s is None else run.prompt_s - run.prompt_wait_s
 
 
 def _line(cell: Cell, number: int, run: Run) -> str:

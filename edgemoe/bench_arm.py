@@ -43,10 +43,10 @@ EDGEMOE: Name = "edgemoe"
 PLAIN: Name = "llama.cpp"
 
 MMAP = "mmap"
-ARMS = (MMAP, "plain", "blind", "all", "auto", "task")
-"""Plain llama.cpp; edgemoe as the control, without look-ahead, with all it has, with a task's experts first, with these
-alone."""
-USUAL_ARMS = tuple(arm for arm in ARMS if arm != "blind")
+ARMS = (MMAP, "plain", "blind", "lru", "all", "auto", "task")
+"""Plain llama.cpp; edgemoe as the control, without look-ahead, with the least recently used leaving, with all it has,
+with a task's experts first, with these alone."""
+USUAL_ARMS = tuple(arm for arm in ARMS if arm not in ("blind", "lru"))
 """Those of a bench that asks for none."""
 
 _CHILD = [sys.executable, "-m", "edgemoe.bench_child"]
@@ -80,8 +80,8 @@ class Settings:
     io : str
         How edgemoe reads experts.
     tuning : str
-        What edgemoe does: ``all`` it has, ``plain``, the control (least recently used, no overlap, no look-ahead), or
-        ``blind``, all but look-ahead.
+        What edgemoe does: ``all`` it has, ``plain``, the control (least recently used, no overlap, no look-ahead),
+        ``blind``, all but look-ahead, or ``lru``, all but that the least recently used leaves.
     load_mode : str
         How plain llama.cpp loads: ``MMAP``, ``NONE`` or ``DIRECT_IO`` of its enum llama_load_mode.
     n_batch, n_threads_batch : int or None

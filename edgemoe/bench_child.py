@@ -43,7 +43,12 @@ def open_edgemoe(settings: Settings, **changes: Any) -> Llama:
     from edgemoe.plan import PlanLine
     from edgemoe.store import Tuning
 
-    tunings = {"all": Tuning(), "plain": Tuning.plain(), "blind": Tuning(look_ahead=False)}
+    tunings = {
+        "all": Tuning(),
+        "plain": Tuning.plain(),
+        "blind": Tuning(look_ahead=False),
+        "lru": Tuning(forecast=False),
+    }
     changes["tuning"] = tunings[settings.tuning]
     if settings.forced_bytes:
         changes["reserved"] = [PlanLine("forced routes", settings.forced_bytes, "where tokens are routed to")]
@@ -228,7 +233,7 @@ def _plan(settings: Settings) -> dict[str, int]:
     return {
         "floor": plan.floor_budget,
         "everything": everything,
-        "arena": plan.arena_bytes,
+        "arena": plan.arena_bytes + plan.spared_bytes + plan.lent_bytes,  # while tokens are decoded
         "n_ubatch": plan.n_ubatch,
     }
 

@@ -19,7 +19,7 @@ __all__ = ["EXACT", "FIRST", "Figures", "figures_of", "median_of"]
 FIRST = 64
 """Tokens of an answer's beginning."""
 
-EXACT = (MMAP, "plain", "blind", "all")
+EXACT = (MMAP, "plain", "blind", "lru", "all")
 """Whose logits the others are compared with."""
 
 
@@ -47,6 +47,9 @@ class Figures:
         Speed of the prompt; seconds, see `Run`.
     bytes_per_token, prompt_bytes : float
         Read from the disk.
+    prompt_s, prompt_wait_s, prompt_other_s : float
+        Seconds of the prompt, a task's experts having been read included; those of them that computation waited for
+        experts; what is left when computing with every expert in memory is taken away too.
     hit_rate : float
         0 to 1.
     peak, peak_rss : int
@@ -58,9 +61,9 @@ class Figures:
     of_lru, of_belady : float
         Share reached of the roofline at LRU's and at Belady's misses.
     of_prompt : float
-        Share of the roofline reached with the prompt, a task's experts having been read included.
-    eaten_by : str
-        What takes most of a token's time: ``compute``, ``waiting`` or ``other``.
+        Share of the roofline reached with the prompt.
+    eaten_by, prompt_eaten_by : str
+        What takes most of a token's time, and of the prompt's: ``compute``, ``waiting`` or ``other``.
     to_mmap, to_plain : float
         Decode speed over that of the other arm, of the tokens that both decoded.
     same_logits : bool
@@ -84,6 +87,9 @@ class Figures:
     warm_s: float | None
     bytes_per_token: float | None
     prompt_bytes: float | None
+    prompt_s: float | None
+    prompt_wait_s: float | None
+    prompt_other_s: float | None
     hit_rate: float | None
     peak: int | None
     peak_rss: int | None
@@ -95,6 +101,7 @@ class Figures:
     of_belady: float | None
     of_prompt: float | None
     eaten_by: str | None
+    prompt_eaten_by: str | None
     to_mmap: float | None
     to_plain: float | None
     same_logits: bool | None
@@ -131,6 +138,8 @@ def _of_arm(
     seconds = np.array([second for run in done for second in run.token_s])
     mean = float(seconds.mean()) if len(seconds) else None
     prompt_s = median_of(runs, lambda run: run.prompt_s and run.prompt_s + run.warm_s)
+    prompt_wait = median_of(runs, lambda run: None if run.prompt_wait_s is None else run.prompt_wait_s + run.warm_s)
+    prompt_parts = _parts(prompt_s, prompt_wait, roofline.prompt_compute_s if roofline else None)
 
     def of_arm(other: str) -> float | None:
         return _factor(done, [run for run in of_arms.get(other, ()) if run.token_s]) if other != arm else None
@@ -139,6 +148,7 @@ def _of_arm(
         return 1 / float(np.quantile(seconds, share)) if len(seconds) else None
 
     wait = median_of(done, lambda run: None if run.wait_s is None else run.wait_s / sum(run.token_s))
+    parts = _parts(mean, mean and wait and wait * mean, roofline.compute_s if roofline else None)
     return Figures(
         arm=arm,
         failures=tuple(run.failure for run in runs if run.failure),
@@ -159,6 +169,9 @@ def _of_arm(
             done, lambda run: None if run.bytes_read is None else run.bytes_read / len(run.token_s)
         ),
         prompt_bytes=median_of(runs, lambda run: run.prompt_bytes_read),
+        prompt_s=prompt_s,
+        prompt_wait_s=prompt_wait,
+        prompt_other_s=prompt_parts["other"] if prompt_parts else None,
         hit_rate=median_of(
             done, lambda run: None if run.hits is None else run.hits / max(run.hits + (run.misses or 0), 1)
         ),
@@ -171,7 +184,8 @@ def _of_arm(
         of_lru=roofline.lru_s / mean if roofline and mean else None,
         of_belady=roofline.belady_s / mean if roofline and mean else None,
         of_prompt=roofline.prompt_s / prompt_s if roofline and prompt_s else None,
-        eaten_by=_eaten_by(mean, wait, roofline),
+        eaten_by=_largest(parts),
+        prompt_eaten_by=_largest(prompt_parts),
         to_mmap=of_arm(MMAP),
         to_plain=of_arm("plain"),
         same_logits=_same(done, exact),
@@ -198,12 +212,15 @@ def _of_processors(run: Run, seconds: float | None) -> float | None:
     return None if seconds is None else seconds / sum(run.token_s) / (os.cpu_count() or 1)
 
 
-def _eaten_by(mean: float | None, wait_share: float | None, roofline: Roofline | None) -> str | None:
-    if mean is None or wait_share is None or roofline is None:
-        return None
-    waiting = wait_share * mean
-    parts = {"compute": roofline.compute_s, "waiting": waiting, "other": mean - waiting - roofline.compute_s}
-    return max(parts, key=lambda part: parts[part])
+def _parts(seconds: float | None, waiting: float | None, compute: float | None) -> dict[str, float]:
+    """Divide a time into seconds of ``compute``, ``waiting`` and ``other``; empty where they are not known."""
+    if seconds is None or waiting is None or compute is None:
+        return {}
+    return {"compute": compute, "waiting": waiting, "other": seconds - waiting - compute}
+
+
+def _largest(parts: dict[str, float]) -> str | None:
+    return max(parts, key=lambda part: parts[part], default=None)
 
 
 def _same(runs: Sequence[Run], exact: list[int] | None) -> bool | None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from edgemoe.atomic_file import atomic_file
 from edgemoe.bench import BenchResult, CellResult
 from edgemoe.bench_figures import Figures
+from edgemoe.bench_roofline import Roofline
 from edgemoe.figures import new_figure, plain_frame, save_figure
 from edgemoe.memory import format_bytes
 from edgemoe.route_statistics import TOLERANCE
@@ -42,6 +43,9 @@ _FIGURES = (
     "warm_s",
     "bytes_per_token",
     "prompt_bytes",
+    "prompt_s",
+    "prompt_wait_s",
+    "prompt_other_s",
     "hit_rate",
     "peak",
     "peak_rss",
@@ -53,6 +57,7 @@ _FIGURES = (
     "of_belady",
     "of_prompt",
     "eaten_by",
+    "prompt_eaten_by",
     "to_mmap",
     "to_plain",
     "same_logits",
@@ -67,6 +72,8 @@ _ROOFLINE = (
     "belady_hit_rate",
     "bytes_per_s",
     "bound",
+    "prompt_compute_s",
+    "prompt_pass_s",
     "prompt_s",
 )
 _ABOUT = ("date", "commit", "cpu", "cores", "kernel", "disk", "disk_bytes_per_s")
@@ -130,6 +137,7 @@ def bench_tables(result: BenchResult) -> Iterator[RenderableType]:
         yield Text(_head(cell), style="bold")
         yield _speeds(cell.figures)
         yield _costs(cell.figures)
+        yield _prompts(cell.figures, cell.roofline)
         yield from map(Text, _remarks(cell))
 
 
@@ -185,7 +193,6 @@ def _costs(arms: Sequence[Figures]) -> Table:
         "stolen",
         "of LRU's",
         "of Belady's",
-        "prompt",
         "eaten by",
         "logits",
     )
@@ -202,9 +209,24 @@ def _costs(arms: Sequence[Figures]) -> Table:
             _share(arm.stolen_share),
             _number(arm.of_lru),
             _number(arm.of_belady),
-            _number(arm.of_prompt),
             arm.eaten_by or "-",
             {None: "-", True: "same", False: "DIFFER"}[arm.same_logits],
+        )
+    return table
+
+
+def _prompts(arms: Sequence[Figures], roofline: Roofline | None) -> Table:
+    table = _table("arm", "prompt", "read", "computing", "waiting", "other", "of roofline", "eaten by")
+    for arm in arms:
+        table.add_row(
+            arm.arm,
+            _number(arm.prompt_s, " s"),
+            _bytes(arm.prompt_bytes),
+            _number(roofline.prompt_compute_s if roofline else None, " s"),
+            _number(arm.prompt_wait_s, " s"),
+            _number(arm.prompt_other_s, " s"),
+            _number(arm.of_prompt),
+            arm.prompt_eaten_by or "-",
         )
     return table
 
@@ -218,6 +240,10 @@ def _remarks(cell: CellResult) -> Iterator[str]:
             f" {1 / roofline.lru_s:.2f} at LRU's ({roofline.lru_hit_rate:.1%}); bound by {roofline.bound}:"
             f" compute {roofline.compute_s:.3f} s a token ({source[cell.compute_from]}),"
             f" disk {roofline.belady_bytes / roofline.bytes_per_s:.3f} s at {roofline.bytes_per_s / 1e9:.2f} GB/s"
+        )
+        yield (
+            f"roofline of the prompt: {_number(roofline.prompt_s)} s, compute {_number(roofline.prompt_compute_s)} s,"
+            f" disk {_number(roofline.prompt_pass_s)} s for one pass over its experts"
         )
     mmap = next((arm for arm in cell.figures if arm.arm == "mmap"), None)
     if mmap is not None:
@@ -275,6 +301,7 @@ _COLOURS = {
     "mmap": "#8a8a8a",
     "plain": "#8a6d00",
     "blind": "#7a3fa0",
+    "lru": "#00838f",
     "all": "#0b4fa0",
     "auto": "#2e8b3d",
     "task": "#d06000",

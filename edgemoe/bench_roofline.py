@@ -17,7 +17,7 @@ from edgemoe.routes import Ids, Routes
 __all__ = ["BOUNDS", "Roofline", "prompt_bytes", "roofline", "with_last_layer"]
 
 
-BOUNDS = ("lru_s", "belady_s", "bound", "prompt_s")
+BOUNDS = ("lru_s", "belady_s", "bound", "prompt_pass_s", "prompt_s")
 """What a `Roofline` says beyond its fields."""
 
 
@@ -33,8 +33,8 @@ class Roofline:
         Bytes missed per token.
     lru_hit_rate, belady_hit_rate : float
         0 to 1.
-    prompt_compute_s : float or None
-        The prompt with every expert in memory, where that was measured.
+    prompt_compute_s : float
+        The prompt with every expert in memory.
     prompt_bytes : int
         Experts that the prompt touches, each read once for every physical batch.
     bytes_per_s : float
@@ -46,7 +46,7 @@ class Roofline:
     belady_bytes: float
     lru_hit_rate: float
     belady_hit_rate: float
-    prompt_compute_s: float | None
+    prompt_compute_s: float
     prompt_bytes: int
     bytes_per_s: float
 
@@ -66,9 +66,14 @@ class Roofline:
         return "disk" if self.belady_bytes / self.bytes_per_s > self.compute_s else "compute"
 
     @property
+    def prompt_pass_s(self) -> float:
+        """Seconds that the disk takes for one pass over the experts that the prompt touches."""
+        return self.prompt_bytes / self.bytes_per_s
+
+    @property
     def prompt_s(self) -> float:
-        """Seconds of the prompt: one pass over the experts that it touches, or its computation."""
-        return max(self.prompt_bytes / self.bytes_per_s, self.prompt_compute_s or 0.0)
+        """Seconds of the prompt: that pass, or its computation."""
+        return max(self.prompt_pass_s, self.prompt_compute_s)
 
 
 def roofline(
@@ -78,7 +83,7 @@ def roofline(
     n_ubatch: int,
     bytes_per_s: float,
     compute_s: float,
-    prompt_compute_s: float | None,
+    prompt_compute_s: float,
 ) -> Roofline:
     """Replay the routes, prompt first, and bound the decoded tokens' time.
 

@@ -105,6 +105,8 @@ class Run:
         The same for the prompt.
     wait_s, busy_s : float or None
         While decoding: computation waited for experts; the disk had something to do for them.
+    prompt_wait_s : float or None
+        Computation of the prompt waited for experts.
     system_s, stolen_s : float or None
         While decoding, of all processors: the kernel's for this process; what a virtual machine was kept waiting for.
     peak, peak_rss : int or None
@@ -128,6 +130,7 @@ class Run:
     prompt_bytes_read: int | None = None
     wait_s: float | None = None
     busy_s: float | None = None
+    prompt_wait_s: float | None = None
     system_s: float | None = None
     stolen_s: float | None = None
     peak: int | None = None
@@ -160,7 +163,7 @@ def run_arm(arm: str, cell: Cell, workload: Workload, opponent: Settings | None,
     if arm == MMAP:
         assert opponent is not None
         settings = opponent
-    tuning = arm if arm in ("plain", "blind") else "all"
+    tuning = arm if arm in ("plain", "blind", "lru") else "all"
     settings = replace(settings, tuning=tuning, forced_bytes=_forced_bytes(workload))
     cool(cell.index)
     with _machine_of(cell.limit) as group:
@@ -252,6 +255,7 @@ def _measure(run: Run, child: Arm, cell: Cell, workload: Workload, scratch: Path
     if child.name == EDGEMOE:
         run.hits, run.misses = (after[what] - prompt[what] for what in ("hits", "misses"))
         run.wait_s = after["read_s"] - prompt["read_s"]
+        run.prompt_wait_s = prompt["read_s"] - before["read_s"]
         if "busy_s" in after:
             run.busy_s = after["busy_s"] - prompt["busy_s"]
             run.details |= {

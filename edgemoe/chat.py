@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.conditions import Reading, Watch
 from edgemoe.errors import PromptError
 
 if TYPE_CHECKING:
@@ -71,7 +72,11 @@ class Answer:
     tokens : int
         Tokens generated.
     prompt_seconds, generation_seconds : float
-        Wall time until the first token, and from there to the end.
+        Wall time until the first token, and from there to the end, but for what is in `suspended_seconds`.
+    suspended_seconds : float
+        Time that the process was stopped, or the machine asleep.
+    conditions : list of str
+        What else than the disk slowed the answer down, in a few words each; empty as a rule.
     hits, misses : int
         Expert slabs that were in memory, and that were read.
     prompt_bytes, generation_bytes : int
@@ -102,6 +107,8 @@ class Answer:
         self.reused_tokens = llama.reusable(prompt)
         self.tokens = 0
         self.prompt_seconds = self.generation_seconds = 0.0
+        self.suspended_seconds = 0.0
+        self.conditions: list[str] = []
         self.hits = self.misses = 0
         self.prompt_bytes = self.generation_bytes = 0
         self.waited_seconds = self.busy_seconds = 0.0
@@ -110,6 +117,7 @@ class Answer:
         self.skipped_share: float | None = None
         self.skipped_mass: float | None = None
         self._steps = 0
+        self._watch = Watch(llama.conditions.pace)
         self._llama = llama
         self._chunks = chunks
         self._on_end = on_end
@@ -143,36 +151,69 @@ class Answer:
         return self.text
 
     def __iter__(self) -> Generator[str, None, None]:
-        start = _Instant.now(self._llama)
-        first: _Instant | None = None
-        try:
-            for chunk in self._chunks:
-                first = first or _Instant.now(self._llama)
-                choice = chunk["choices"][0]
-                piece = choice["text"] if "text" in choice else choice["delta"].get("content", "")
-                if piece:
-                    self.text += piece
-                    yield piece
-                self.finish_reason = choice["finish_reason"] or self.finish_reason
-        except Exception:
-            self.finish_reason = "error"
-            raise
-        finally:
-            self._chunks.close()
-            self._measure(start, first, _Instant.now(self._llama))
-            if self._on_end is not None:
-                self._on_end(self)
+        with self._llama.conditions.watched():
+            start = latest = _Instant.now(self._llama)
+            first: _Instant | None = None
+            try:
+                for chunk in self._chunks:
+                    before, latest = latest, self._pass(latest)
+                    if first is None:
+                        first = latest
+                    else:
+                        self._decoded(before, latest)
+                    choice = chunk["choices"][0]
+                    piece = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+                    if piece:
+                        self.text += piece
+                        yield piece
+                        # What is done with the piece takes time, too, but not ours.
+                        latest = self._pass(latest)
+                    self.finish_reason = choice["finish_reason"] or self.finish_reason
+            except Exception:
+                self.finish_reason = "error"
+                raise
+            finally:
+                self._chunks.close()
+                self._measure(start, first, self._pass(latest))
+                if self._on_end is not None:
+                    self._on_end(self)
+
+    def _pass(self, before: _Instant) -> _Instant:
+        """Say what time it is; experts are not on their way while the process is stopped, although clocks go on."""
+        now = _Instant.now(self._llama)
+        self._watch.passed(before.reading, now.reading)
+        if now.reading.stopped > before.reading.stopped:
+            ran = now.ran - before.ran
+            self.waited_seconds -= max(0.0, now.stats.read_seconds - before.stats.read_seconds - ran)
+            self.busy_seconds -= max(0.0, now.stats.busy_seconds - before.stats.busy_seconds - ran)
+        return now
+
+    def _decoded(self, before: _Instant, now: _Instant) -> None:
+        n_tokens = now.n_tokens - before.n_tokens
+        misses = now.stats.misses - before.stats.misses
+        self._watch.decoded(
+            before.reading,
+            now.reading,
+            now.ran - before.ran - (now.stats.read_seconds - before.stats.read_seconds),
+            n_tokens,
+            # What grows with the context, with experts that are read, and with those that are computed.
+            n_tokens * now.n_tokens,
+            misses,
+            misses + now.stats.hits - before.stats.hits,
+        )
 
     def _measure(self, start: _Instant, first: _Instant | None, end: _Instant) -> None:
         middle = first or end
-        self.prompt_seconds = middle.seconds - start.seconds
-        self.generation_seconds = end.seconds - middle.seconds
+        self.prompt_seconds = middle.ran - start.ran
+        self.generation_seconds = end.ran - middle.ran
+        self.suspended_seconds = self._watch.suspended_seconds
+        self.conditions = self._watch.words()
         self.hits = end.stats.hits - start.stats.hits
         self.misses = end.stats.misses - start.stats.misses
         self.prompt_bytes = middle.stats.bytes_read - start.stats.bytes_read
         self.generation_bytes = end.stats.bytes_read - middle.stats.bytes_read
-        self.waited_seconds = end.stats.read_seconds - start.stats.read_seconds
-        self.busy_seconds = end.stats.busy_seconds - start.stats.busy_seconds
+        self.waited_seconds += end.stats.read_seconds - start.stats.read_seconds
+        self.busy_seconds += end.stats.busy_seconds - start.stats.busy_seconds
         self.retries = end.stats.retries - start.stats.retries
         self.prefetched_bytes = end.stats.prefetched_bytes - start.stats.prefetched_bytes
         self.wasted_bytes = end.stats.wasted_bytes - start.stats.wasted_bytes
@@ -190,14 +231,16 @@ class Answer:
 class _Instant:
     """Clock and counters at one moment."""
 
-    seconds: float
+    ran: float  # seconds, but for those that the process was stopped
     n_tokens: int
     stats: StoreStats
+    reading: Reading
 
     @classmethod
     def now(cls, llama: Llama) -> _Instant:
         assert llama.store is not None, "the model is open"
-        return cls(time.perf_counter(), llama.n_tokens, llama.store.stats())
+        reading = llama.conditions.read()
+        return cls(time.perf_counter() - reading.stopped, llama.n_tokens, llama.store.stats(), reading)
 
 
 def complete(llama: Llama, text: str, sampling: Sampling) -> Answer:

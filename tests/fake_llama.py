@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from edgemoe.conditions import Pace, Reading
 from edgemoe.disk import DiskSpeed
 from edgemoe.memory import Budget
 from edgemoe.plan import ExpertPlan, PlanLine
@@ -38,8 +40,8 @@ class FakeLlama:
     """Answers from scripts; a token is a word, the template puts each message's role before it.
 
     Every token evaluated costs a hit and a miss of 1 MiB and, on `clock`, 0.1 s for a prompt token, 0.5 s for others.
-    What the disk is said to have done (`waited_seconds`, `retries` and so on) is up to the script. With a
-    `skip_mass`, one expert of eight is skipped, and half of that mass.
+    What the disk is said to have done (`waited_seconds`, `retries` and so on), and what the system (`reading`), is up
+    to the script. With a `skip_mass`, one expert of eight is skipped, and half of that mass.
     """
 
     def __init__(self, *scripts: Script, n_ctx: int = 64, has_chat_template: bool = True) -> None:
@@ -49,6 +51,8 @@ class FakeLlama:
         self.plan = PLAN
         self.index = SimpleNamespace(path=Path("fake.gguf"), name="fake", has_chat_template=has_chat_template)
         disk = DiskSpeed(lanes=4, read_bytes=MIB, bytes_per_s=1.1e9, reason="measured")
+        self.reading = Reading()
+        self.conditions = SimpleNamespace(pace=Pace(), watched=contextlib.nullcontext, read=lambda: self.reading)
         self.store = SimpleNamespace(stats=self._stats, io="direct", io_reason="it works", disk=disk)
         self.chat_format = "llama-2"
         self.task_mode = None

@@ -3,89 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bad_disk import BadDisk, build_library
+from bad_machine import brake, cpu_quota, neighbour, suspended
 from plain_llama import TINY_MOE
+from talk import BUDGET, MIB, Talk, talking
 
 from edgemoe.disk import bandwidth
 from edgemoe.errors import StoreError
-from edgemoe.memory_cgroup import CgroupUnavailableError, memory_cgroup
+from edgemoe.memory_cgroup import CgroupUnavailableError, MemoryCgroup, memory_cgroup
 
-MIB = 1 << 20
-BUDGET = 96 * MIB
 QUESTIONS = ["What does the Python function os.path.join do?", "Tell me how a river finds its way to the sea."]
 
 # A machine that does not hang answers in a few seconds.
 pytestmark = pytest.mark.timeout(120)
-
-
-class Talk:
-    """`edgemoe chat` in a process of its own."""
-
-    def __init__(self, environment: Mapping[str, str], wrapper: Sequence[str] = ()) -> None:
-        options = f"--ram {BUDGET} --ctx 512 --threads 1 --temp 0 --seed 1 --max-tokens 60 --json"
-        self.process = subprocess.Popen(
-            [*wrapper, sys.executable, "-m", "edgemoe", "chat", str(TINY_MOE), *options.split()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-
-    def ask(self, question: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        """The next answer, as soon as it is there."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.process.communicate()[1]
-        document: dict[str, Any] = json.loads(line)
-        return document
-
-    def peak(self) -> int:
-        """Most memory the process had so far, bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-    def end(self) -> tuple[int, str, str]:
-        """Say goodbye; exit status, what remained of standard output, and standard error."""
-        out, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, out, errors
-
-
-@contextlib.contextmanager
-def talking(environment: Mapping[str, str], wrapper: Sequence[str] = ()) -> Iterator[Talk]:
-    talk = Talk(environment, wrapper)
-    try:
-        yield talk
-    finally:
-        talk.process.kill()
-        talk.process.communicate()
-
-
-@contextlib.contextmanager
-def running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process, killed at the end."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +48,7 @@ def undisturbed(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     with talking(disk.environment) as talk:
         for question in QUESTIONS:
             before = disk.control.bytes
-            talk.ask(question)
-            texts.append(talk.answer()["text"])
+            texts.append(talk.answer_to(question)["text"])
             assert disk.control.bytes > before + 4 * MIB
         assert talk.peak() <= BUDGET
         assert talk.end()[0] == 0
@@ -126,8 +64,7 @@ def check_good_end(talk: Talk, texts: list[str], undisturbed: list[str]) -> None
 
 
 def ask_first(talk: Talk) -> str:
-    talk.ask(QUESTIONS[0])
-    text: str = talk.answer()["text"]
+    text: str = talk.answer_to(QUESTIONS[0])["text"]
     return text
 
 
@@ -138,8 +75,7 @@ def test_disk_that_slows_down(disk: BadDisk, undisturbed: list[str]) -> None:
         disk.control.after_bytes = read + 2 * MIB  # while it answers
         disk.control.bytes_per_s = 8 * MIB
         begin = time.monotonic()
-        talk.ask(QUESTIONS[1])
-        second = talk.answer()["text"]
+        second = talk.answer_to(QUESTIONS[1])["text"]
         slow_bytes = disk.control.bytes - disk.control.after_bytes
         assert slow_bytes > 4 * MIB
         assert time.monotonic() - begin > 0.9 * slow_bytes / (8 * MIB)
@@ -190,8 +126,7 @@ def test_read_errors_that_pass(faults: dict[str, int], disk: BadDisk, undisturbe
         first = ask_first(talk)
         for name, value in faults.items():
             setattr(disk.control, name, value)
-        talk.ask(QUESTIONS[1])
-        second = talk.answer()["text"]
+        second = talk.answer_to(QUESTIONS[1])["text"]
         assert disk.control.failures > 0
         check_good_end(talk, [first, second], undisturbed)
 
@@ -202,8 +137,7 @@ def test_disk_that_fails_for_ever(disk: BadDisk, undisturbed: list[str]) -> None
         disk.control.after_bytes = disk.control.bytes + 2 * MIB
         disk.control.fail_every = 1
         disk.control.failures_left = BadDisk.FOR_EVER
-        talk.ask(QUESTIONS[1])
-        cut = talk.answer()
+        cut = talk.answer_to(QUESTIONS[1])
         assert cut["finish_reason"] == "error"
         assert undisturbed[1].startswith(cut["text"])
         status, _, errors = talk.end()
@@ -219,111 +153,194 @@ def test_suspended_and_resumed(disk: BadDisk, undisturbed: list[str]) -> None:
         talk.ask(QUESTIONS[1])
         while disk.control.bytes == read:
             time.sleep(0.001)
-        talk.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, talk.process.pid, os.WSTOPPED)
-        stopped_at = disk.control.bytes
-        time.sleep(1)
-        assert disk.control.bytes == stopped_at
-        talk.process.send_signal(signal.SIGCONT)
+        with suspended(talk.process.pid):
+            stopped_at = disk.control.bytes
+            time.sleep(1)
+            assert disk.control.bytes == stopped_at
         second = talk.answer()["text"]
         assert disk.control.bytes > stopped_at
         check_good_end(talk, [first, second], undisturbed)
 
 
-# Suspends a process 3 milliseconds of 4.
-BRAKE = """
-import itertools, os, signal, sys, time
-for number, seconds in itertools.cycle([(signal.SIGSTOP, 0.03), (signal.SIGCONT, 0.01)]):
-    os.kill(int(sys.argv[1]), number)
-    time.sleep(seconds)
-"""
-
-
 def test_processor_that_is_taken_away_again_and_again(disk: BadDisk, undisturbed: list[str]) -> None:
     with talking(disk.environment) as talk:
         first = ask_first(talk)
-        with running([sys.executable, "-c", BRAKE, str(talk.process.pid)]) as brake:
-            os.waitid(os.P_PID, talk.process.pid, os.WSTOPPED | os.WNOWAIT)
-            talk.ask(QUESTIONS[1])
-            second = talk.answer()["text"]
-            assert brake.poll() is None
-        talk.process.send_signal(signal.SIGCONT)
+        with brake(talk.process.pid) as braking:
+            second = talk.answer_to(QUESTIONS[1])["text"]
+            assert braking.poll() is None
         check_good_end(talk, [first, second], undisturbed)
-
-
-@contextlib.contextmanager
-def cpu_quota(process: int, share: float) -> Iterator[Path]:
-    """Let a process have this share of one processor, by a cgroup of version 1 or 2; gives the cgroup."""
-    version_1 = Path("/sys/fs/cgroup/cpu")
-    root = version_1 if version_1.is_dir() else version_1.parent
-    group = root / f"edgemoe-{process}"
-    try:
-        group.mkdir()
-        if version_1.is_dir():
-            (group / "cpu.cfs_quota_us").write_text(str(round(share * 100_000)))
-        else:
-            (group / "cpu.max").write_text(f"{round(share * 100_000)} 100000")
-        (group / "cgroup.procs").write_text(str(process))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            group.rmdir()
-        pytest.skip(f"no cgroup for processors can be made: {error}")
-    try:
-        yield group
-    finally:
-        (root / "cgroup.procs").write_text(str(process))
-        group.rmdir()
 
 
 def test_processor_that_is_throttled(disk: BadDisk, undisturbed: list[str]) -> None:
     with talking(disk.environment) as talk:
         first = ask_first(talk)
-        with cpu_quota(talk.process.pid, 0.2) as group:
-            talk.ask(QUESTIONS[1])
-            second = talk.answer()["text"]
-            throttled = re.search(r"^nr_throttled (\d+)$", (group / "cpu.stat").read_text(), re.MULTILINE)
-            assert throttled is not None
-            assert int(throttled[1]) > 0
+        try:
+            with cpu_quota(talk.process.pid, 0.2) as group:
+                second = talk.answer_to(QUESTIONS[1])["text"]
+                throttled = re.search(r"^nr_throttled (\d+)$", (group / "cpu.stat").read_text(), re.MULTILINE)
+                assert throttled is not None
+                assert int(throttled[1]) > 0
+        except CgroupUnavailableError as error:
+            pytest.skip(str(error))
         check_good_end(talk, [first, second], undisturbed)
-
-
-# Holds as many bytes as it is told, uses them, and reads a file through the page cache, over and over.
-NEIGHBOUR = """
-import sys
-held = bytearray(int(sys.argv[1]))
-with open(sys.argv[2], "rb") as file:
-    for number in range(1 << 40):
-        held[:: 4096] = bytes([number % 256]) * len(held[:: 4096])
-        file.seek(0)
-        while file.read(1 << 20):
-            pass
-        if number == 1:
-            print("busy", flush=True)
-"""
 
 
 def test_memory_that_another_process_takes(disk: BadDisk, undisturbed: list[str], tmp_path: Path) -> None:
     """Both share a memory cgroup that holds them and little else, so that all pages of files come and go."""
     held = 64 * MIB
-    with (tmp_path / "file").open("wb") as file:
-        file.write(os.urandom(held))
-        file.flush()
-        # Its pages are this process's; dropped, they count for who reads them.
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    neighbour = [sys.executable, "-c", NEIGHBOUR, str(held), str(tmp_path / "file")]
     try:
         with memory_cgroup(BUDGET + held + 16 * MIB) as group, talking(disk.environment, group.command([])) as talk:
             first = ask_first(talk)
-            with running(group.command(neighbour)) as other:
-                assert other.stdout is not None
-                assert other.stdout.readline() == b"busy\n"
+            with neighbour(group, held, tmp_path) as other:
                 before = group.times_full()
-                talk.ask(QUESTIONS[1])
-                second = talk.answer()["text"]
+                second = talk.answer_to(QUESTIONS[1])["text"]
                 assert other.poll() is None
                 assert group.times_full() > before
             assert group.killed() == 0
             check_good_end(talk, [first, second], undisturbed)
+    except CgroupUnavailableError as error:
+        pytest.skip(str(error))
+
+
+# ---------------------------------------------------------------- the status line
+
+# As if few tokens were enough to judge the processor: the embedded model computes hundreds in a second.
+HASTY = """
+from edgemoe import conditions
+conditions.WINDOW_SECONDS, conditions.WINDOW_TOKENS = 0.01, 4
+from edgemoe.__main__ import main
+main()
+"""
+THROTTLED = "times as long as before: the processor is throttled, or busy with other programs"
+
+
+class Screen:
+    """`edgemoe chat` as people see it."""
+
+    def __init__(self, chat: subprocess.Popen[str]) -> None:
+        self.chat = chat
+
+    def ask(self, question: str) -> None:
+        assert self.chat.stdin is not None
+        self.chat.stdin.write(question + "\n")
+        self.chat.stdin.flush()
+
+    def ask_and_see(self, question: str) -> None:
+        """Ask the first question, and see its answer begin."""
+        assert self.chat.stdout is not None
+        self.ask(question)
+        self.chat.stdout.read(1)
+
+    def status(self) -> str:
+        """The status line below the next answer."""
+        assert self.chat.stderr is not None
+        line = next((line for line in self.chat.stderr if "hit rate" in line), None)
+        assert line is not None, "it ended"
+        return line
+
+    def status_below(self, question: str) -> str:
+        self.ask(question)
+        return self.status()
+
+    def says(self, words: str) -> bool:
+        """Whether it says so below one of the next answers."""
+        return any(words in self.status_below(question) for question in QUESTIONS * 20)
+
+
+@contextlib.contextmanager
+def screen(environment: Mapping[str, str], wrapper: Sequence[str] = (), program: str = HASTY) -> Iterator[Screen]:
+    """A chat that leaves in good order, having said on standard output what the model said and nothing else."""
+    options = f"--ram {BUDGET} --ctx 512 --threads 1 --temp 0 --max-tokens 60"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*wrapper, sys.executable, "-c", program, "chat", str(TINY_MOE), *options.split()]
+    with subprocess.Popen(command, text=True, env={**os.environ, **environment}, **pipes) as chat:
+        try:
+            yield Screen(chat)
+            out, errors = chat.communicate(timeout=60)
+        finally:
+            chat.kill()
+    assert (chat.returncode, errors) == (0, "")
+    assert out.strip()
+    assert "tok/s" not in out and "memory is short" not in out
+
+
+def test_suspension_is_told_once(disk: BadDisk) -> None:
+    with screen(disk.environment) as chat:
+        disk.control.bytes_per_s = 32 * MIB  # so that it takes a while
+        chat.ask_and_see(QUESTIONS[1])
+        begin = time.monotonic()
+        with suspended(chat.chat.pid):
+            time.sleep(3)
+        told = chat.status()
+        seconds = time.monotonic() - begin
+        found = re.match(r"(\d+) tokens, (\d+\.\d) tok/s, .+, was suspended [34] s$", told)
+        assert found is not None, told
+        assert (int(found[1]) - 1) / float(found[2]) < seconds - 2.5, "the rate is that of the time that it ran"
+        assert "suspended" not in chat.status_below(QUESTIONS[0])
+
+
+def test_processor_that_is_taken_away_is_told(disk: BadDisk) -> None:
+    with screen(disk.environment) as chat:
+        for question in QUESTIONS * 2:
+            chat.status_below(question)
+        with brake(chat.chat.pid):
+            assert chat.says(THROTTLED)
+
+
+def test_processor_that_is_throttled_is_told(disk: BadDisk) -> None:
+    with screen(disk.environment) as chat:
+        for question in QUESTIONS * 2:
+            chat.status_below(question)
+        try:
+            with cpu_quota(chat.chat.pid, 0.2):
+                assert chat.says(THROTTLED)
+        except CgroupUnavailableError as error:
+            pytest.skip(str(error))
+
+
+# Needs the pages of a file all the time, as code is needed: which of the real code's are this process's alone depends
+# on what else runs.
+NEEDY = """
+import mmap, os, threading, time
+file = open(os.environ["NEEDED"], "rb")
+pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+pages.madvise(mmap.MADV_RANDOM)
+def need():
+    while pages[::4096]:
+        time.sleep(0.001)
+threading.Thread(target=need, daemon=True).start()
+"""
+
+
+def take_memory(group: MemoryCgroup) -> None:
+    """Have the kernel take what can be had again from disk, as it does when others need memory."""
+    version_1 = group.directory / "memory.force_empty"
+    with contextlib.suppress(BlockingIOError):  # it was less than was asked for
+        (version_1 if version_1.exists() else group.directory / "memory.reclaim").write_text(str(BUDGET))
+
+
+def test_memory_that_is_taken_away_is_told(disk: BadDisk, tmp_path: Path) -> None:
+    needed = tmp_path / "needed"
+    with needed.open("wb") as file:
+        file.write(os.urandom(2 * MIB))
+        file.flush()
+        # Its pages are this process's; dropped, they count for who reads them.
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    environment = {**disk.environment, "NEEDED": str(needed)}
+    try:
+        with (
+            memory_cgroup(BUDGET + 32 * MIB) as group,
+            screen(environment, group.command([]), NEEDY + HASTY) as chat,
+        ):
+            disk.control.bytes_per_s = 16 * MIB  # so that it takes a while
+            chat.ask_and_see(QUESTIONS[1])
+            for _ in range(5):
+                take_memory(group)
+                time.sleep(0.02)
+            told = chat.status()
+            assert re.search(r", memory is short: [\d,]+ pages that were taken away had to be read again$", told), told
+            disk.control.bytes_per_s = 0
+            assert "memory is short" not in chat.status_below(QUESTIONS[0])
     except CgroupUnavailableError as error:
         pytest.skip(str(error))

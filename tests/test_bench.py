@@ -116,7 +116,7 @@ def test_else_it_is_that_of_an_arm_less_its_waiting(stage: Stage) -> None:
     stage.resident_fails = True
     (cell,) = stage.run(("4x",), ("mmap", "all")).cells
     assert cell.compute_from == "plain" and cell.roofline is not None
-    assert cell.roofline.compute_s == pytest.approx(0.05) and cell.roofline.prompt_compute_s is None
+    assert cell.roofline.compute_s == pytest.approx(0.05) and cell.roofline.prompt_compute_s == 2.5
 
 
 def test_no_arm_shows_it(stage: Stage) -> None:

@@ -66,7 +66,7 @@ def test_forced_routes_change_logits_alike(name: str, tmp_path: Path) -> None:
     with Arm(name, replace(SETTINGS, forced_bytes=MIB)) as arm:
         first, other, again = run(arm, 0), run(arm, 1), run(arm, 0)
     assert first == again != other
-    for tuning in ("plain", "blind"):
+    for tuning in ("plain", "blind", "lru"):
         with Arm(EDGEMOE, replace(SETTINGS, tuning=tuning, forced_bytes=MIB)) as arm:
             assert run(arm, 0) == first
 

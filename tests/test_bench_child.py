@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plain_llama import TINY_MOE
+from plain_llama import TINY_MOE, arena_share
 
 from edgemoe.bench_arm import Settings
 from edgemoe.bench_child import Evaluator, open_edgemoe, open_plain
@@ -54,6 +54,18 @@ def test_plain_llama_is_opened_as_asked(mode: str) -> None:
     finally:
         llama.close()
     assert (internals.LlamaModel, internals.LlamaContext) == (model, context)
+
+
+def test_the_lru_arm_has_another_order_of_leaving_and_no_more() -> None:
+    found = {}
+    for tuning in ("lru", "all"):
+        with arena_share(0.4), open_edgemoe(replace(SETTINGS, tuning=tuning)) as llama:
+            evaluator = Evaluator(llama)
+            evaluator.prompt(list(range(32)))
+            found[tuning] = evaluator.decode(24, list(range(100, 124)))
+    assert found["lru"]["checksums"] == found["all"]["checksums"]
+    assert all(state["prefetched_bytes"] > 0 for state in found.values())
+    assert found["lru"]["misses"] != found["all"]["misses"]
 
 
 def test_the_control_arm_has_no_tricks() -> None:

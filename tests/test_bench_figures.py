@@ -9,7 +9,7 @@ from edgemoe.bench_figures import Figures, figures_of
 from edgemoe.bench_roofline import Roofline
 from edgemoe.bench_run import Run
 
-ROOFLINE = Roofline(0.04, 8.0, 5.0, 0.5, 0.7, 1.0, 200, 100.0)  # LRU 0.08 s, Belady 0.05 s, prompt 2 s
+ROOFLINE = Roofline(0.04, 8.0, 5.0, 0.5, 0.7, 1.5, 200, 100.0)  # LRU 0.08 s, Belady 0.05 s, prompt 2 s
 
 
 def figures(*runs: Run, roofline: Roofline | None = ROOFLINE) -> dict[str, Figures]:
@@ -58,6 +58,24 @@ def test_what_eats_the_time() -> None:
     quick = made_up_run("all", 1.0)
     quick.wait_s = 1.0
     assert figures(quick)["all"].eaten_by == "other"
+
+
+def test_what_eats_the_prompt_s_time() -> None:
+    found = figures(made_up_run("mmap"), made_up_run("all"), made_up_run("auto"))
+    assert (found["all"].prompt_s, found["all"].prompt_wait_s, found["all"].prompt_other_s) == (4.0, 1.5, 1.0)
+    # Reading a task's experts is waiting too.
+    assert (found["auto"].prompt_s, found["auto"].prompt_wait_s, found["auto"].prompt_other_s) == (4.5, 2.0, 1.0)
+    assert found["auto"].prompt_eaten_by == "waiting"
+    assert (found["mmap"].prompt_s, found["mmap"].prompt_other_s, found["mmap"].prompt_eaten_by) == (4.0, None, None)
+    unknown = figures(made_up_run("all"), roofline=None)["all"]
+    assert (unknown.prompt_wait_s, unknown.prompt_other_s, unknown.prompt_eaten_by) == (1.5, None, None)
+
+
+@pytest.mark.parametrize(("wait_s", "eaten_by"), [(0.5, "other"), (2.0, "waiting"), (1.25, "compute")])
+def test_the_largest_part_eats_it(wait_s: float, eaten_by: str) -> None:
+    run = made_up_run("all")
+    run.prompt_wait_s = wait_s
+    assert figures(run)["all"].prompt_eaten_by == eaten_by
 
 
 def test_logits_are_compared_as_far_as_both_went() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from bench_models import made_up_run
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from edgemoe.bench import BenchResult, CellResult
 from edgemoe.bench_figures import figures_of
@@ -18,7 +20,7 @@ from edgemoe.bench_roofline import Roofline
 from edgemoe.bench_run import Run
 from edgemoe.figures import can_plot
 
-ROOFLINE = Roofline(0.04, 8.0, 5.0, 0.5, 0.7, 1.0, 200, 100.0)
+ROOFLINE = Roofline(0.04, 8.0, 5.0, 0.5, 0.7, 1.5, 200, 100.0)
 ABOUT = {
     "date": "2026-11-25T00:00:00+00:00",
     "commit": "abc1234",
@@ -48,6 +50,9 @@ USUAL = result(
 )
 
 
+WIDE = Console(width=1000)
+
+
 def printed(bench: BenchResult) -> str:
     console = Console(width=200)
     with console.capture() as capture:
@@ -64,15 +69,24 @@ def test_tables() -> None:
         assert fact in text
     assert "mmap 0.5 0.5 to 0.5 0.5 to 0.5 - 8 6 s 2 s - 0.1" in lines
     assert "all 10 10 to 10 10 to 10 10 8 6 s 2 s 20 2" in lines
-    assert "all 1000 B 75.0% 10 B 9 B 50.0% 25.0% 20.0% - 0.8 0.5 0.5 waiting DIFFER" in lines
-    assert "plain 1000 B 75.0% 10 B 9 B 50.0% 25.0% 20.0% - 0.4 0.25 0.5 waiting DIFFER" not in lines
+    assert "all 1000 B 75.0% 10 B 9 B 50.0% 25.0% 20.0% - 0.8 0.5 waiting DIFFER" in lines
+    assert "plain 1000 B 75.0% 10 B 9 B 50.0% 25.0% 20.0% - 0.4 0.25 waiting DIFFER" not in lines
+    assert "all 4 s 4.88 KiB 1.5 s 1.5 s 1 s 0.5 compute" in lines
+    assert "mmap 4 s 4.88 KiB 1.5 s - - 0.5 -" in lines
+    assert "all 4 s 4.88 KiB - 1.5 s - - -" in lines  # without a roofline
     assert any(
         line.startswith("roofline: 20.00 tok/s at Belady's misses (70.0% hits), 12.50 at LRU's") for line in lines
     )
+    assert "roofline of the prompt: 2 s, compute 1.5 s, disk 2 s for one pass over its experts" in lines
     assert any("1 x MMAP 0.5, 2 x NONE -" in line for line in lines)
     assert "mmap: the kernel killed it" in lines
     assert "routes: overlap at lag 1 0.38, distinct experts 0.50" in lines
     assert "statistics that differ by more than 0.05 from the trace they were fitted to: overlap at lag 2" in lines
+
+
+def test_tables_are_not_wide() -> None:
+    tables = [part for part in bench_tables(USUAL) if isinstance(part, Table)]
+    assert len(tables) == 6 and all(Measurement.get(WIDE, WIDE.options, table).maximum <= 140 for table in tables)
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -81,6 +95,8 @@ def test_rows(tmp_path: Path) -> None:
         ("4x", "mmap"), ("4x", "plain"), ("4x", "all"), ("8x", "mmap"), ("8x", "all"),
     ]  # fmt: skip
     assert rows[2]["of_belady"] == pytest.approx(0.5) and rows[2]["roofline_belady_s"] == 0.05
+    assert (rows[2]["prompt_wait_s"], rows[2]["prompt_other_s"], rows[2]["prompt_eaten_by"]) == (1.5, 1.0, "compute")
+    assert (rows[2]["roofline_prompt_compute_s"], rows[2]["roofline_prompt_pass_s"]) == (1.5, 2.0)
     assert rows[3]["failures"] == "the kernel killed it" and rows[4]["roofline_bound"] is None
     save_csv(USUAL, tmp_path / "bench.csv")
     with (tmp_path / "bench.csv").open(newline="") as file:
@@ -94,6 +110,8 @@ def test_the_document_is_json() -> None:
     assert document["benchmark"] == "bench" and document["commit"] == "abc1234" and document["routing"] == "qwen"
     first, second = document["cells"]
     assert first["roofline"]["belady_s"] == 0.05 and first["roofline"]["bound"] == "disk" and second["roofline"] is None
+    assert first["roofline"]["prompt_pass_s"] == 2.0 and first["figures"][2]["prompt_eaten_by"] == "compute"
+    assert first["runs"][2]["prompt_wait_s"] == 1.5 and first["runs"][0]["prompt_wait_s"] is None
     assert len(first["runs"][1]["token_s"]) == 100 and "checksums" not in first["runs"][1]
     assert [figures["arm"] for figures in first["figures"]] == ["mmap", "plain", "all"]
 

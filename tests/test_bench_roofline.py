@@ -13,7 +13,7 @@ def ids(*tokens: list[list[int]]) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
-def bound(compute_s: float = 1.0, prompt_compute_s: float | None = None) -> Roofline:
+def bound(compute_s: float = 1.0, prompt_compute_s: float = 2.0) -> Roofline:
     # One layer, two experts fit: 0 and 1 alternate with 2, which LRU always throws out too late.
     routes = Routes("by hand", 3, ids([[0]], [[1]]), ids([[2]], [[0]], [[1]], [[2]]))
     return roofline(routes, [100], 200, 1, 50.0, compute_s, prompt_compute_s)
@@ -32,7 +32,7 @@ def test_the_slower_term_counts() -> None:
 
 def test_a_prompt_takes_one_pass_or_its_computation() -> None:
     assert bound().prompt_s == 4.0
-    assert bound(prompt_compute_s=7.0).prompt_s == 7.0
+    assert (bound(prompt_compute_s=7.0).prompt_s, bound(prompt_compute_s=7.0).prompt_pass_s) == (7.0, 4.0)
 
 
 def test_each_batch_reads_its_experts_once() -> None:
@@ -50,4 +50,4 @@ def test_the_last_layer_sees_the_last_token() -> None:
 def test_sizes_that_do_not_fit() -> None:
     routes = Routes("by hand", 3, ids([[0]]), ids([[2]]))
     with pytest.raises(Exception, match="expert sizes"):
-        roofline(routes, [100, 100], 200, 1, 50.0, 1.0, None)
+        roofline(routes, [100, 100], 200, 1, 50.0, 1.0, 1.0)

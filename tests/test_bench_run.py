@@ -9,7 +9,7 @@ import pytest
 from bench_models import coolable_model
 
 from edgemoe import bench_run
-from edgemoe.bench_arm import Settings
+from edgemoe.bench_arm import ARMS, ArmError, Settings
 from edgemoe.bench_run import Cell, Workload, resident_run, run_arm
 from edgemoe.bench_workload import make_workload
 from edgemoe.index import read_index
@@ -50,10 +50,30 @@ def test_every_arm_evaluates_the_same(cell: Cell, workload: Workload, tmp_path: 
         assert run.first_token_s >= run.load_s + run.prompt_s
         assert run.prompt_bytes_read is None or run.prompt_bytes_read >= 0
     slabs = 3 * sum(cell.index.n_expert_used[layer] for layer in cell.index.moe_layers) * N_DECODE
-    assert runs["mmap"].hits is None
+    assert runs["mmap"].hits is None and runs["mmap"].prompt_wait_s is None
+    for arm in ("plain", "all", "auto"):
+        waited, took = runs[arm].prompt_wait_s, runs[arm].prompt_s
+        assert waited is not None and took is not None and 0 < waited < took
     assert all((runs[arm].hits or 0) + (runs[arm].misses or 0) == slabs for arm in ("plain", "all", "auto"))
     assert runs["auto"].warm_s > 0 == runs["all"].warm_s
     assert runs["mmap"].details["load_mode"] == "MMAP" and "io" in runs["all"].details
+
+
+def test_each_arm_has_its_tuning(
+    cell: Cell, workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def fails(name: str, settings: Settings, *_: object) -> None:
+        opened.append(settings.tuning)
+        raise ArmError("it is not needed")
+
+    monkeypatch.setattr(bench_run, "Arm", fails)
+    for arm in ARMS:
+        run_arm(arm, cell, workload, cell.settings, tmp_path)
+    assert dict(zip(ARMS, opened, strict=True)) == {
+        "mmap": "all", "plain": "plain", "blind": "blind", "lru": "lru", "all": "all", "auto": "all", "task": "all",
+    }  # fmt: skip
 
 
 def test_the_task_arm_misses_nothing(cell: Cell, workload: Workload, tmp_path: Path) -> None:

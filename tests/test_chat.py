@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,68 @@ def test_counters_of_one_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.prompt_rate == pytest.approx(10)
     assert answer.prompt_bytes == 3 * MIB
     assert (answer.waited_seconds, answer.busy_seconds, answer.retries) == (0.5, 1.5, 2)
+
+
+def test_suspended_time_ruins_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks go on while the process is stopped, those of waiting and reading, too."""
+
+    def stop() -> None:
+        llama.reading = replace(llama.reading, stopped=llama.reading.stopped + 12)
+        llama.clock += 12
+        llama.waited_seconds += 12 + 0.125
+        llama.busy_seconds += 12 + 0.25
+
+    def sleep() -> None:
+        llama.reading = replace(llama.reading, asleep=3600)
+
+    llama = FakeLlama([stop, "one", stop, " two", sleep, " three"], ["fine"])
+    monkeypatch.setattr(chat.time, "perf_counter", lambda: llama.clock)
+    talk = session(llama)
+    answer = talk.ask("count to three")
+    answer.drain()
+    assert answer.prompt_rate == pytest.approx(10)
+    assert answer.generation_rate == pytest.approx(2)
+    assert answer.suspended_seconds == 3624
+    assert answer.conditions == ["was suspended 3624 s"]
+    # Of the two steps in which it was stopped no more than they ran, 0.5 s each.
+    assert (answer.waited_seconds, answer.busy_seconds) == pytest.approx((1, 1))
+    again = talk.ask("well?")
+    again.drain()
+    assert (again.suspended_seconds, again.conditions) == (0, [])
+
+
+def test_stopped_while_the_text_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FakeLlama(["one", " two"])
+    monkeypatch.setattr(chat.time, "perf_counter", lambda: llama.clock)
+    answer = session(llama).ask("count")
+    for _ in answer:
+        llama.clock += 30
+        llama.reading = replace(llama.reading, stopped=llama.reading.stopped + 30)
+    assert answer.generation_rate == pytest.approx(2)
+    assert answer.suspended_seconds == 60
+
+
+def test_slow_computing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither waiting for the disk nor for who takes the text is computing."""
+
+    def wait() -> None:
+        llama.clock += 5
+        llama.waited_seconds += 5
+
+    def throttle() -> None:
+        llama.clock += 1
+
+    llama = FakeLlama(["a"] * 20, [wait, "a"] * 20, [throttle, "a"] * 20, n_ctx=512)
+    monkeypatch.setattr(chat.time, "perf_counter", lambda: llama.clock)
+    talk, told = session(llama), []
+    for _ in range(3):
+        answer = talk.ask("x")
+        for _ in answer:
+            llama.clock += 7
+        told.append(answer.conditions)
+        talk.reset()
+    assert told[:2] == [[], []]
+    assert [words.partition(" times")[0] for words in told[2]] == ["computing took 3.0"]
 
 
 def test_bounded_answer() -> None:

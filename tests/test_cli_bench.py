@@ -44,6 +44,11 @@ def test_every_arm_with_natural_routes(model: Path) -> None:
     assert [figures[arm]["same_logits"] for arm in ("mmap", "plain", "all", "auto")] == [True] * 4
     assert all(row["n_tokens"] == 20 and row["tokens_per_s"] > 0 and not row["failures"] for row in figures.values())
     assert figures["task"]["hit_rate"] == 1.0
+    assert figures["mmap"]["prompt_wait_s"] is None
+    for arm in ("plain", "all", "auto", "task"):
+        assert 0 <= figures[arm]["prompt_wait_s"] <= figures[arm]["prompt_s"]
+        if cell["roofline"]:
+            assert figures[arm]["prompt_eaten_by"] in ("compute", "waiting", "other")
     assert document["routing"] == "natural" and not document["forced"]
     assert {trial["load_mode"] for trial in cell["trials"]} == {"MMAP", "NONE", "DIRECT_IO"}
     assert "round 1  mmap" in result.stderr
@@ -57,7 +62,7 @@ def test_forced_routes_with_files(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "task switch routes, forced" in result.stdout
-    assert [line.split()[0] for line in lines if line.startswith(("plain ", "all "))] == ["plain", "all"] * 2
+    assert [line.split()[0] for line in lines if line.startswith(("plain ", "all "))] == ["plain", "all"] * 3
     with (tmp_path / "bench.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["arm"], row["routing"], row["same_logits"]) for row in rows] == [
@@ -76,7 +81,7 @@ def test_forced_routes_with_files(model: Path, tmp_path: Path) -> None:
     [
         (("--ram", "50x"), "MiB"),
         (("--ram", "lots"), "is not a memory size"),
-        (("--arms", "all,fast"), "'fast' is none of mmap, plain, blind, all, auto, task"),
+        (("--arms", "all,fast"), "'fast' is none of mmap, plain, blind, lru, all, auto, task"),
         (("--routes", "missing.csv"), "missing.csv cannot be read as a routing trace"),
         (("--recall", "0.5"), "needs forced routes"),
         (("--recall", "1.5"), "not in the range"),

@@ -15,6 +15,7 @@ from plain_llama import TINY_MOE
 from edgemoe import chat
 from edgemoe.cli import main, ui
 from edgemoe.cli.options import ModelOptions
+from edgemoe.conditions import Reading
 from edgemoe.errors import StoreError
 from edgemoe.residency import Switch
 
@@ -114,6 +115,25 @@ def test_disk_that_was_worse_than_it_should_be(monkeypatch: pytest.MonkeyPatch) 
     slow = "83.9 MB/s, 1.1 GB/s when measured: waiting for it took 50% of the time; 1 read failed and was repeated"
     assert told == [f", disk: {slow}", ", disk: 3 reads failed and were repeated", "", ""]
     assert f"\ndisk         {slow}\n" in result.stderr
+
+
+def test_bad_conditions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def happen() -> None:
+        llama.clock += 12
+        llama.reading = Reading(stopped=12)
+
+    def lose_memory() -> None:
+        llama.reading = Reading(stopped=12, faults=1200)
+
+    llama = FakeLlama(["Well,", happen, " yes.", lose_memory, " Or no."], ["Fine."])
+    result = converse(monkeypatch, llama, "a\n/stats\nb\n")
+    first, *table, last = result.stderr.splitlines()
+    stopped, taken = "was suspended 12 s", "memory is short: 1,200 pages that were taken away had to be read again"
+    assert first.startswith("3 tokens, 2.0 tok/s, hit rate")
+    assert first.endswith(f" (peak 90.0 MiB), {stopped}, {taken}")
+    assert f"conditions   {stopped}; {taken}" in table
+    assert last.endswith(" (peak 90.0 MiB)")
+    assert result.stdout == "Well, yes. Or no.\nFine.\n"
 
 
 def test_what_was_skipped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +261,7 @@ def test_json_is_a_line_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None
         "generated_tokens": 2,
         "generation_seconds": pytest.approx(1),
         "generated_tokens_per_second": pytest.approx(2),
+        "suspended_seconds": 0,
     }
     assert first["stats"] == {
         "hits": 5,
@@ -254,6 +275,7 @@ def test_json_is_a_line_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None
         "waited_seconds": 0.5,
         "busy_seconds": 0.25,
         "retries": 2,
+        "conditions": [],
         "skip_mass": 0.0,
         "skipped_share": None,
         "skipped_mass": None,

@@ -84,8 +84,9 @@ def command(
 
     Every arm is a process of its own that starts with a cold page cache, in a memory cgroup of the size of --ram where
     one can be made (usually as root): mmap is plain llama.cpp at its best number of threads and way to load, plain is
-    edgemoe without its tricks, blind without look-ahead alone, all is edgemoe, auto has the experts of the prompt's
-    pattern in memory first, task uses these alone. All evaluate the same tokens with the same experts.
+    edgemoe without its tricks, blind without look-ahead alone, in lru the least recently used leaves, all is edgemoe,
+    auto has the experts of the prompt's pattern in memory first, task uses these alone. All evaluate the same tokens
+    with the same experts.
 
     Nothing else should run on the machine.
     """
@@ -93,12 +94,13 @@ def command(
     from edgemoe.bench_report import bench_tables, save_csv, save_plots
     from edgemoe.cli import ui
     from edgemoe.figures import NO_MATPLOTLIB, can_plot
+    from edgemoe.threads import default_threads
 
     if csv is not None and not csv.parent.is_dir():
         raise click.BadParameter(f"{csv} cannot be written; give a file in an existing folder.", param_hint="--csv")
     if plot is not None and not can_plot():
         raise click.BadParameter(NO_MATPLOTLIB, param_hint="--plot")
-    threads = threads or options.default_threads()
+    threads = threads or default_threads()
     result = run_bench(model, budgets, routing, arms, prompt, tokens, rounds, threads, recall, ui.note)
     if csv is not None:
         save_csv(result, csv)

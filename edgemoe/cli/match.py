@@ -39,7 +39,6 @@ def command(
     from edgemoe.cli import task_ui, ui
 
     text = read_prompt(prompt)
-    threads = threads or options.default_threads()
     with (
         ui.Loading(shown=not json) as loading,
         Llama(

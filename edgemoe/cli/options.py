@@ -215,7 +215,6 @@ class ModelOptions:
         from edgemoe.backend import Llama
         from edgemoe.cli import ui
 
-        threads = self.threads or default_threads()
         with ui.Loading(shown=not self.quiet) as loading:
             llama = Llama(
                 str(model),
@@ -229,8 +228,8 @@ class ModelOptions:
                 n_ctx=self.ctx,
                 n_batch=max(512, self.ubatch or 0),
                 n_ubatch=self.ubatch,
-                n_threads=threads,
-                n_threads_batch=threads,
+                n_threads=self.threads,
+                n_threads_batch=self.threads,
                 flash_attn=True,
                 on_plan=on_plan,
                 on_progress=loading.progress,
@@ -263,7 +262,6 @@ def open_for_text(
     """
     from edgemoe.backend import Llama
 
-    threads = threads or default_threads()
     return Llama(
         str(model),
         ram=ram,
@@ -289,15 +287,6 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_SHARED):
         with_options = option(with_options)
     return with_options
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use: two busy threads on one core only wait for each other."""
-    import psutil
-
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return min(cores, allowed)
 
 
 def utf8(data: bytes, source: str) -> str:

@@ -242,6 +242,7 @@ def statistics(llama: Llama, answer: Answer) -> Table:
             *([("skipped", _skipped(llama, answer))] if llama.skip_mass else []),
             ("io", f"{store.io}: {store.io_reason}"),
             *([("disk", remarks)] if remarks else []),
+            *([("conditions", "; ".join(answer.conditions))] if answer.conditions else []),
             ("seed", str(answer.seed)),
         ]
     )
@@ -259,6 +260,7 @@ def status_line(llama: Llama, answer: Answer) -> str:
             f"RAM {format_bytes(current_rss())} of {format_bytes(llama.plan.budget.bytes)}"
             f" (peak {format_bytes(peak_rss())})",
             *([f"disk: {remarks}"] if remarks else []),
+            *answer.conditions,
         ]
     )
 
@@ -328,6 +330,7 @@ def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:
             "generated_tokens": answer.tokens,
             "generation_seconds": answer.generation_seconds,
             "generated_tokens_per_second": answer.generation_rate,
+            "suspended_seconds": answer.suspended_seconds,
         },
         "stats": {
             "hits": answer.hits,
@@ -341,6 +344,7 @@ def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:
             "waited_seconds": answer.waited_seconds,
             "busy_seconds": answer.busy_seconds,
             "retries": answer.retries,
+            "conditions": answer.conditions,
             "skip_mass": llama.skip_mass,
             "skipped_share": answer.skipped_share,
             "skipped_mass": answer.skipped_mass,
