@@ -256,7 +256,7 @@ def _divide(
     arena, rows, spread = arena_for(chosen), rows_of(chosen), spread_of(chosen)
     spared = max(0, -pages.spread(arena, chosen.n_ubatch))
     lent = 0
-    if pages.slotted and arena < pages.total:
+    if pages.in_slots(arena):
         lent = max(0, chosen.compute_bytes - 2 * footprint(chosen.n_ctx, 1).compute_bytes - SCATTERED_BYTES)
     if chosen.n_ubatch < min(widest, chosen.n_ctx):
         mode = "small-batches"
@@ -280,7 +280,7 @@ def _divide(
             "compute buffers",
             chosen.compute_bytes,
             f"llama.cpp's graph at n_ubatch {chosen.n_ubatch}"
-            + (f"; {format_bytes(lent)} lent to experts while decoding" if lent else ""),
+            + (f"; experts in slots have {format_bytes(lent)} of it while decoding" if lent else ""),
         ),
         PlanLine("kernel scratch", chosen.scratch_bytes, "work memory of the CPU kernels, output logits"),
         *reserved,

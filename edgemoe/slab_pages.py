@@ -44,10 +44,9 @@ class SlabPages:
         """All parts of one expert of each layer, layers ascending."""
         return tuple(sum(slab for slab, _ in self._layers[layer]) for layer in sorted(self._layers))
 
-    @property
-    def slotted(self) -> bool:
-        """Whether experts can take turns in slots: slabs are whole pages."""
-        return not any(slab % page_size() for slab in self._slab_bytes)
+    def in_slots(self, arena: int) -> bool:
+        """Whether experts take turns in slots: slabs are whole pages, and not all have room."""
+        return arena < self.total and not any(slab % page_size() for slab in self._slab_bytes)
 
     def spread(self, arena: int, n_ubatch: int) -> int:
         """Give what MUL_MAT_ID's tables take beyond page tables that are not needed, where experts are in slots.
@@ -58,7 +57,7 @@ class SlabPages:
         line, and a place of 8 bytes for each row that a batch has (tokens times experts used), of which only those that
         chose the expert, one a token at most, are written to. In the course of time each slot's are.
         """
-        if arena >= self.total or not self.slotted:
+        if not self.in_slots(arena):
             return 0
         n_slots = arena // min(self.of_one_expert())
         place = 8 * n_ubatch * max(self._used.values())

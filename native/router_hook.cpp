@@ -286,7 +286,7 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
     served_layer_ = -1;
     if (n_tokens != 1) {
         store_.repay();
-    } else if (lent_bytes_ > 0 && !store_.borrowing() && batch_memory_.give_back(lent_bytes_)) {
+    } else if (lent_bytes_ > 0 && store_.in_slots() && !store_.borrowing() && batch_memory_.give_back(lent_bytes_)) {
         store_.borrow();
     }
     skipping_.begin(position, n_tokens);

@@ -61,12 +61,15 @@ void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes, uint64_t lent_byte
 }
 
 void Slots::borrow() {
+    if (borrowing_ || !laid_out()) {
+        return;
+    }
     for (Kind& kind : kinds_) {
-        for (uint64_t slot = kind.n_slots; slot > kind.n_own && !borrowing_; --slot) {
+        for (uint64_t slot = kind.n_slots; slot > kind.n_own; --slot) {
             kind.free.push_back(static_cast<int32_t>(slot - 1));
         }
     }
-    borrowing_ = laid_out();
+    borrowing_ = true;
 }
 
 void Slots::repay() {

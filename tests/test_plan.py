@@ -284,7 +284,7 @@ def test_experts_in_slots_have_what_batches_and_unused_page_tables_leave(tmp_pat
     index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
     found = make_plan(index, Budget(8 << 30, "--ram"), footprint, PROCESS, 512, 512)
     assert found.lent_bytes == 24576 * 512 - 2 * 24576 - SCATTERED_BYTES
-    assert f"{format_bytes(found.lent_bytes)} lent to experts" in next(
+    assert f"experts in slots have {format_bytes(found.lent_bytes)} of it" in next(
         line.why for line in found.lines if line.name == "compute buffers"
     )
     # The tables of all experts' places are planned for; of these, what experts in slots need is less by far.

@@ -51,6 +51,17 @@ void serve_tokens(Io io, uint64_t slab_bytes, uint64_t arena_bytes, size_t n_tok
     CHECK_EQUAL(running.hook->staged_layers() > 0, staged);
 }
 
+// What the scheduler computes graphs in.
+struct ComputeBuffer {
+    ComputeBuffer() {
+        type.iface.is_host = [](edgemoe::ggml::BufferType*) { return true; };
+        buffer.iface.get_base = [](edgemoe::ggml::Buffer* its) { return its->context; };
+    }
+    const Reserved memory{40};
+    edgemoe::ggml::BufferType type{};
+    edgemoe::ggml::Buffer buffer{{}, &type, memory.base, memory.size, edgemoe::ggml::kUsageCompute};
+};
+
 uint64_t slab_pages(uint64_t n) { return n * 3 * page_size(); }
 
 // One token, one layer.
@@ -111,15 +122,12 @@ TEST(batch_memory_is_lent_while_tokens_come_one_by_one) {
     const TinyModel model = moe_model(2 * page_size());
     Running running(model, Io::pread, slab_pages(27), {}, 2, slab_pages(9));
     CHECK(running.store->in_slots());
-    edgemoe::ggml::BufferType type{};
-    type.iface.is_host = [](edgemoe::ggml::BufferType*) { return true; };
-    Reserved memory(40);
-    edgemoe::ggml::Buffer batch{{}, &type, memory.base, memory.size, edgemoe::ggml::kUsageCompute};
-    batch.iface.get_base = [](edgemoe::ggml::Buffer* buffer) { return buffer->context; };
+    ComputeBuffer batch;
+    const Reserved& memory = batch.memory;
     const auto compute = [&](size_t n_tokens) {
         Graph graph;
         std::mt19937 random(static_cast<uint32_t>(n_tokens));
-        running.add_layer(graph, 0, random_ids(random, n_tokens, 3), {0, 1, 2}, "", &batch);
+        running.add_layer(graph, 0, random_ids(random, n_tokens, 3), {0, 1, 2}, "", &batch.buffer);
         running.hook->begin(0, static_cast<int64_t>(n_tokens));
         std::memset(memory.base, 1, n_tokens > 1 ? memory.size : 1);
         CHECK(graph.run(*running.hook));
@@ -135,6 +143,24 @@ TEST(batch_memory_is_lent_while_tokens_come_one_by_one) {
     compute(1);
     CHECK(running.store->borrowing());
     compute(2);
+    CHECK(!running.store->borrowing());
+}
+
+// Who cannot borrow leaves it alone: each token would have to be given its pages anew.
+TEST(batch_memory_stays_where_there_are_no_slots) {
+    const TinyModel model = moe_model(777);
+    Running running(model, Io::pread, slab_pages(9), {}, 2, slab_pages(9));
+    CHECK(!running.store->in_slots());
+    ComputeBuffer batch;
+    const Reserved& memory = batch.memory;
+    std::memset(memory.base, 1, memory.size);
+    for (int token = 0; token < 3; ++token) {
+        Graph graph;
+        running.add_layer(graph, 0, {{2, 5}}, {0, 1, 2}, "", &batch.buffer);
+        running.hook->begin(token, 1);
+        CHECK(graph.run(*running.hook));
+        CHECK_EQUAL(count_resident(memory.base, memory.size), 40U);
+    }
     CHECK(!running.store->borrowing());
 }
 
