@@ -2,11 +2,17 @@
 
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
+#include <string>
+#include <thread>
 
 #include "check.h"
 #include "scratch_file.h"
@@ -145,6 +151,45 @@ TEST(many_lanes_come_and_go) {
         }
     }
 }
+
+#ifdef SYS_sched_getattr
+struct Scheduling {  // the beginning of sched_attr, see sched_setattr(2)
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime_ns, deadline_ns, period_ns;
+};
+
+// Zeros of a thread that is ending.
+Scheduling scheduling_of(int thread) {
+    Scheduling found{};
+    return ::syscall(SYS_sched_getattr, thread, &found, sizeof found, 0) == 0 ? found : Scheduling{};
+}
+
+TEST(lanes_ask_for_short_slices_and_keep_their_niceness) {
+    constexpr uint64_t kShortest = 100000;
+    const Scheduling own = scheduling_of(0);
+    if (own.runtime_ns == 0) {
+        throw check::Skipped("this kernel has slices of one length");
+    }
+    CHECK(own.runtime_ns > kShortest);
+    const auto lanes_seen = [&] {
+        int n = 0;
+        for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+            const Scheduling found = scheduling_of(std::stoi(task.path().filename().string()));
+            n += found.runtime_ns == kShortest && found.nice == own.nice && found.policy == own.policy ? 1 : 0;
+        }
+        return n;
+    };
+    const ReadLanes lanes(4);
+    for (int tries = 0; lanes_seen() < 3 && tries < 5000; ++tries) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    CHECK_EQUAL(lanes_seen(), 3);  // the fourth is the caller, who computes
+    CHECK_EQUAL(scheduling_of(0).runtime_ns, own.runtime_ns);
+}
+#endif
 
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 TEST(system_without_threads_to_spare_reads_with_fewer) {
