@@ -172,7 +172,8 @@ class Evaluator:
     def force(self, path: str) -> dict[str, Any]:
         """Route as an .npz file says from the next token on.
 
-        It holds ``layers`` int32 [L], ``ids`` int32 [n_tokens, L, k], and maybe ``predicted``, the same for look-ahead.
+        It holds ``layers`` int32 [L], ``ids`` int32 [n_tokens, L, k], and maybe ``predicted``, the same for look-ahead,
+        one layer ahead, then two.
         """
         with np.load(path) as file:
             layers, ids = file["layers"].tolist(), file["ids"]

@@ -45,7 +45,8 @@ class Workload:
     forced : bool
         Whether they are routed there by force.
     predicted : int32 array or None
-        What look-ahead is told instead of asking the next router, shape as the ids of prompt and decode together.
+        What look-ahead is told instead of asking the next routers, shape as the ids of prompt and decode together, one
+        layer ahead and two.
     """
 
     prompt: list[int]

@@ -274,7 +274,7 @@ def _divide(
         PlanLine("Python and libraries", process_bytes, "measured in this process, vocabulary included"),
         PlanLine("dense weights", dense, needed),
         *embedding,
-        PlanLine("router copies", routers, "in 8 bits, to guess the next layer's experts"),
+        PlanLine("router copies", routers, "in 8 bits, to guess the next layers' experts"),
         PlanLine("KV cache", chosen.kv_bytes, f"{chosen.n_ctx} tokens of context"),
         PlanLine(
             "compute buffers",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ Ids = npt.NDArray[np.int32]
 
 _MAGIC = "# route_trace v1"
 RECENT_TOKENS, RECENT_SHARE = 4, 0.5
+REPEATED_SHARE = 0.5
 """Wrong guesses of a router that is asked a layer too early: this share was used within so many tokens before."""
 
 _COLUMNS = ["turn", "phase", "step", "layer", "slot", "expert"]
@@ -325,43 +326,44 @@ def _best(scores: npt.NDArray[np.floating], n_used: int) -> Ids:
     return np.argsort(scores, axis=-1, kind="stable")[..., :n_used].astype(np.int32)
 
 
-def predictions(rows: Ids, n_expert: int, recall: float, seed: int) -> Ids:
-    """Emulate a predictor of the next layer's experts, in place of one that works on hidden states.
+def predictions(rows: Ids, n_expert: int, recalls: Sequence[float], seed: int) -> Ids:
+    """Emulate a predictor of the next layers' experts, in place of one that works on hidden states.
 
-    Each true id is kept with a probability that falls evenly with its rank and is `recall` on average, as measured
+    Each true id is kept with a probability that falls evenly with its rank and is the recall on average, as measured
     predictors do (0.59 on average: 0.92 at rank 1, 0.28 at rank 16); the others are replaced by wrong ones. A router
     that is asked too early guesses wrong what it likes at other times: half of them were used within the last 4 tokens,
-    as with the test model's routers (0.20 to 0.58 by layer), the others are drawn uniformly.
+    as with the test model's routers (0.20 to 0.58 by layer), the others are drawn uniformly. Asked earlier still, it is
+    right where it will be right later (0.93 of such guesses), and repeats half of what it will guess wrong (0.46).
 
     Parameters
     ----------
     rows : int32 array [tokens, layers, k]
         The truth, by rank.
     n_expert : int
-        Experts of a layer, at least 2 k.
-    recall : float
-        Share of true ids, 0 to 1.
+        Experts of a layer, at least (1 + recalls) k.
+    recalls : sequence of float
+        Share of true ids, 0 to 1: asked one layer ahead, then two, and so on.
     seed : int
         The same seed gives the same predictions.
 
     Returns
     -------
-    int32 array [tokens, layers, k]
+    int32 array [recalls, tokens, layers, k]
         Distinct within a row.
 
     Raises
     ------
     TraceError
-        If the recall is no share, or there are not k wrong experts to draw.
+        If a recall is no share, or there are not enough wrong experts to draw.
     """
     n_used = rows.shape[2]
-    if not 0 <= recall <= 1 or n_expert < 2 * n_used:
+    n_wrong = len(recalls) * n_used
+    if not all(0 <= recall <= 1 for recall in recalls) or n_expert < n_wrong + n_used:
         raise TraceError(
-            f"a recall of {recall} with {n_used} of {n_expert} experts cannot be emulated;"
-            " give 0 to 1, and at least twice as many experts as a token uses"
+            f"recalls of {', '.join(map(str, recalls))} with {n_used} of {n_expert} experts cannot be emulated;"
+            f" give 0 to 1, and at least {n_wrong + n_used} experts"
         )
     rng = np.random.default_rng(seed)
-    fall = 0.8 * min(recall, 1 - recall) * np.linspace(1, -1, n_used) if n_used > 1 else np.zeros(1)
     lots = rng.random((*rows.shape[:2], n_expert), dtype=np.float32)
     np.put_along_axis(lots, rows.astype(np.intp), np.float32(2), axis=2)
     used = np.zeros(lots.shape, dtype=np.bool_)
@@ -371,8 +373,19 @@ def predictions(rows: Ids, n_expert: int, recall: float, seed: int) -> Ids:
         recent[back:] |= used[:-back]
     recent &= ~used
     n_recent = recent.sum(axis=2, keepdims=True)
-    liked, others = _best(np.where(recent, lots, np.float32(2)), n_used), _best(lots + recent, n_used)
-    wrong = np.where((rng.random(rows.shape) < RECENT_SHARE) & (np.arange(n_used) < n_recent), liked, others)
+    liked, others = _best(np.where(recent, lots, np.float32(2)), n_wrong), _best(lots + recent, n_wrong)
+    likes = (rng.random(liked.shape) < RECENT_SHARE) & (np.arange(n_wrong) < n_recent)
+    wrong = np.where(likes, liked, others)
     # Too few of the others: any wrong one.
-    wrong = np.where(n_expert - n_used - n_recent < n_used, _best(lots, n_used), wrong)
-    return np.where(rng.random(rows.shape) < recall + fall, rows, wrong)
+    wrong = np.where(n_expert - n_used - n_recent < n_wrong, _best(lots, n_wrong), wrong)
+    ranks = np.arange(n_used)
+    draws, choice = rng.random(rows.shape), np.broadcast_to(ranks, rows.shape)
+    kept = np.ones(rows.shape, np.bool_)
+    found = []
+    for ahead, recall in enumerate(recalls):
+        again = ~kept & (rng.random(rows.shape) < REPEATED_SHARE)
+        choice = np.where(again, choice, ahead * n_used + ranks)
+        fall = 0.8 * min(recall, 1 - recall) * np.linspace(1, -1, n_used) if n_used > 1 else np.zeros(1)
+        kept = draws < recall + fall
+        found.append(np.where(kept, rows, np.take_along_axis(wrong, choice, axis=2)))
+    return np.stack(found)

@@ -103,8 +103,8 @@ class Tuning:
     overlap : bool
         A layer computes while its later parts are still arriving.
     look_ahead : bool
-        Experts are read before they are asked for, while a layer computes: those that the next layer is likely to need
-        or, where everything fits and the batch is long, the rest of this one's.
+        Experts are read before they are asked for, while a layer computes: those that the next layers are likely to
+        need or, where everything fits and the batch is long, the rest of this one's.
     forecast : bool
         Who is least likely to be used soon leaves, instead of the least recently used.
     """

@@ -28,6 +28,15 @@ bool ExpertStore::fits(int layer, uint32_t parts, const std::vector<int32_t>& ex
     return bytes <= arena_bytes_;
 }
 
+int ExpertStore::layer_after(int layer) const {
+    while (++layer <= last_layer()) {
+        if (n_parts(layer) > 0) {
+            return layer;
+        }
+    }
+    return -1;
+}
+
 void ExpertStore::release() {
     for (const int32_t entry : pinned_) {
         entries_[entry].pinned = 0;
@@ -97,9 +106,9 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
     settle_expectations(layer);
     jobs_.clear();
     serving_ = its.number;
-    served_layer_ = layer;
+    ++n_requests_;
     sparing_ = !counted;
-    order_->seek(serving_);
+    seek_victims(layer);
     try {
         for (const int32_t entry : pinned_) {
             const bool expected = std::exchange(entries_[entry].unused, false);
@@ -229,15 +238,16 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
     check_request(layer, (1U << n_parts(layer)) - 1, experts);
     drop_failed();
     const Layer& its = in(layer);
+    settle_expectations(layer, experts);
     for (const int32_t expert : experts) {
         const int32_t entry = its.first_entry + expert;
         if (!std::exchange(entries_[entry].expected, true)) {
             expected_.push_back(entry);
         }
     }
-    // The victims of the last request go on: who was none then is none now, unless others were asked for.
-    if (slots_.laid_out() && !slots_.same_kind(layer, served_layer_)) {
-        order_->seek(serving_);
+    // The victims of the last request go on: who was none then is none now, unless others were sought.
+    if (slots_.laid_out() && !slots_.same_kind(layer, sought_layer_)) {
+        seek_victims(layer);
     }
     jobs_.clear();
     try {
@@ -262,14 +272,24 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
     } catch (const SystemError& error) {
         give_up(error.what());
     }
+    for (ReadJob& job : jobs_) {
+        job.turn = n_requests_ + its.number - serving_;
+    }
     lanes_.submit(jobs_, Urgency::speculative);
     peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
 }
 
-// The layer's router has spoken: what it did not choose need not come any more.
-void ExpertStore::settle_expectations(int layer) {
-    const auto its = std::stable_partition(expected_.begin(), expected_.end(),
-                                           [&](int32_t entry) { return entries_[entry].layer != layer; });
+void ExpertStore::seek_victims(int layer) {
+    order_->seek(serving_);
+    sought_layer_ = layer;
+}
+
+// The layer's router has spoken, or was asked anew: what it did not choose need not come any more.
+void ExpertStore::settle_expectations(int layer, const std::vector<int32_t>& still) {
+    const auto its = std::stable_partition(expected_.begin(), expected_.end(), [&](int32_t entry) {
+        return entries_[entry].layer != layer ||
+               std::find(still.begin(), still.end(), entry - in(layer).first_entry) != still.end();
+    });
     for (auto entry = its; entry != expected_.end(); ++entry) {
         entries_[*entry].expected = false;
         if (entries_[*entry].pinned == 0 && entries_[*entry].unused) {

@@ -114,6 +114,7 @@ class ExpertStore {
     int number_of(int layer) const { return in(layer).number; }       // among those with experts, else -1
     void check_experts(int layer, const std::vector<int32_t>& experts) const;  // throws SystemError if it lacks one
     int last_layer() const { return static_cast<int>(slabs_.layers().size()) - 1; }  // of those with experts
+    int layer_after(int layer) const;                                                // the next with experts, or -1
     int part_of(int id) const { return tensor_of(id).part; }
     bool all_fit() const { return all_fit_; }  // no expert will ever have to leave
     // Every expert of the layer has arrived and none will ever have to leave: the layer needs no `acquire` any more.
@@ -133,8 +134,9 @@ class ExpertStore {
     uint32_t arriving_parts() const;  // those of the last request that `wait` might have to wait for
     void release();
     void stop_reading() { lanes_.drain(); }  // nothing is written to any place when it returns
-    // Likely to be asked for next, likeliest first. Only as many as have room beside what is in use; those that are
-    // there stay until their layer is asked for. A guess that was wrong is no use: it leaves as if it had never come.
+    // Likely to be asked for soon, likeliest first, instead of what was expected of this layer before. Only as many as
+    // have room beside what is in use; those that are there stay until their layer is asked for. Layers that come
+    // sooner are read first. A guess that was wrong is no use: it leaves as if it had never come.
     void expect(int layer, const std::vector<int32_t>& experts);
     // Ahead of any use: all parts of these experts. Not counted as hits or misses. Those that are preferred leave for
     // them only where nobody else is left, so that a set that fits is there as a whole once its layers are warm.
@@ -146,6 +148,7 @@ class ExpertStore {
     void count_hits(uint64_t slabs) { hits_ += slabs; }
 
     StoreStats stats() const;
+    uint64_t busy_ns() const { return lanes_.busy_ns(); }
     uint64_t arena_bytes() const { return slots_.laid_out() ? slots_.bytes() : arena_bytes_; }  // at most
     Io io() const { return io_; }
     const Tuning& tuning() const { return tuning_; }
@@ -173,7 +176,8 @@ class ExpertStore {
     bool lacks_room(const Tensor& tensor, int expert) const;
     uint32_t removable_parts(int32_t entry) const;
     bool secure(int32_t entry, int part);
-    void settle_expectations(int layer);
+    void settle_expectations(int layer, const std::vector<int32_t>& still = {});
+    void seek_victims(int layer);
     void abandon_expectations();
     void take_back(int32_t entry);
     void drop_failed();
@@ -200,9 +204,10 @@ class ExpertStore {
     std::vector<int32_t> unverified_;  // slabs added since the files were last seen to be unchanged
     std::vector<ReadJob> jobs_;
     std::unique_ptr<Eviction> order_;
-    bool sparing_ = false;  // preferred ones are no victims
-    int serving_ = 0;       // number of the layer that was asked for last
-    int served_layer_ = 0;  // itself
+    bool sparing_ = false;    // preferred ones are no victims
+    int serving_ = 0;         // number of the layer that was asked for last
+    int64_t n_requests_ = 0;  // that have been made
+    int sought_layer_ = 0;    // victims are sought for layers of its kind
     SparePages spares_;
     PageQueue idle_;                   // between two slabs that left: giving one back interrupts all who compute
     std::map<int, TableRows> tables_;  // by tensor

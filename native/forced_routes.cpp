@@ -33,9 +33,9 @@ void ForcedRoutes::set(std::vector<int> layers, std::vector<int32_t> ids, int64_
 }
 
 void ForcedRoutes::set_predictions(std::vector<int32_t> ids) {
-    if (!ids.empty() && ids.size() != ids_.size()) {
+    if (!ids.empty() && (ids_.empty() || ids.size() % ids_.size() != 0)) {
         throw SystemError(std::to_string(ids.size()) + " experts are predicted for " + std::to_string(ids_.size()) +
-                          " that are forced; give one for each");
+                          " that are forced; give as many for each layer ahead");
     }
     predictions_ = std::move(ids);
 }
@@ -60,13 +60,14 @@ void ForcedRoutes::apply(int layer, ggml::Tensor* top_k) {
     }
 }
 
-std::vector<int32_t> ForcedRoutes::predicted(int layer, int64_t n_tokens) const {
+std::vector<int32_t> ForcedRoutes::predicted(int layer, int ahead, int64_t n_tokens) const {
     std::vector<int32_t> ids;
-    if (predictions_.empty() || !forces(layer) || n_tokens > batch_end_) {
+    const auto first = static_cast<int64_t>(ids_.size()) * (ahead - 1);
+    if (first >= static_cast<int64_t>(predictions_.size()) || !forces(layer) || n_tokens > batch_end_) {
         return ids;
     }
     for (int64_t token = batch_end_ - n_tokens; token < batch_end_; ++token) {
-        const auto row = predictions_.begin() + at(layer, token);
+        const auto row = predictions_.begin() + first + at(layer, token);
         ids.insert(ids.end(), row, row + n_used_);
     }
     return ids;

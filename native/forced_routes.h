@@ -23,10 +23,11 @@ class ForcedRoutes {
     // Overwrites the selected ids, a view of the argsort. Throws SystemError when no rows are left, or for another
     // number of experts per token.
     void apply(int layer, ggml::Tensor* top_k);
-    // What a predictor would say of the same tokens: of the size of the ids, or nothing.
+    // What a predictor would say of the same tokens, [any, ids]: one layer ahead, then two, and so on; or nothing.
     void set_predictions(std::vector<int32_t> ids);
+    bool predicts() const { return !predictions_.empty(); }
     // For the last of the tokens under way, [n_tokens, n_used]; nothing where nothing is predicted.
-    std::vector<int32_t> predicted(int layer, int64_t n_tokens) const;
+    std::vector<int32_t> predicted(int layer, int ahead, int64_t n_tokens) const;
 
    private:
     int64_t at(int layer, int64_t token) const { return (token * n_columns_ + column_[layer]) * n_used_; }

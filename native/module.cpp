@@ -61,8 +61,12 @@ nb::ndarray<nb::numpy, Number> as_array(std::vector<Number> numbers, int64_t n_c
 }
 
 using Ids = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // [n_tokens, n_layer, n_used]
+using Predictions = nb::ndarray<const int32_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;  // [n_ahead, as the ids]
 
-std::vector<int32_t> as_vector(const Ids& ids) { return {ids.data(), ids.data() + ids.size()}; }
+template <typename Array>
+std::vector<int32_t> as_vector(const Array& ids) {
+    return {ids.data(), ids.data() + ids.size()};
+}
 
 int64_t n_used(const Ids& ids) { return static_cast<int64_t>(ids.shape(2)); }
 
@@ -210,7 +214,8 @@ NB_MODULE(_native, m) {
             "layers"_a, "ids"_a)
         .def(
             "force_predictions",
-            [](Session& s, const Ids& ids) { s.attached().hook->routes().set_predictions(as_vector(ids)); }, "ids"_a)
+            [](Session& s, const Predictions& ids) { s.attached().hook->routes().set_predictions(as_vector(ids)); },
+            "ids"_a)
         .def(
             "watch_routers",
             [](Session& s, const std::vector<int>& layers, bool outputs) { s.attached().hook->watch(layers, outputs); },

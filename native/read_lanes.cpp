@@ -222,11 +222,7 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
         }
         ++slab.n_jobs;
         slab.n_left.fetch_add(1, std::memory_order_relaxed);
-        if (urgency == Urgency::demanded) {
-            demand(job);
-        } else {
-            speculative_.push_back(job);
-        }
+        enqueue(job, urgency);
     }
     const bool any = any_to_take();
     lock.unlock();
@@ -235,10 +231,13 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
     }
 }
 
-void ReadLanes::demand(const ReadJob& job) {
-    const auto later = std::upper_bound(demanded_.begin(), demanded_.end(), job,
-                                        [](const ReadJob& a, const ReadJob& b) { return a.rank < b.rank; });
-    demanded_.insert(later, job);
+void ReadLanes::enqueue(const ReadJob& job, Urgency urgency) {
+    const bool demanded = urgency == Urgency::demanded;
+    std::deque<ReadJob>& queue = demanded ? demanded_ : speculative_;
+    const auto later = std::upper_bound(queue.begin(), queue.end(), job, [&](const ReadJob& a, const ReadJob& b) {
+        return demanded ? a.rank < b.rank : a.turn < b.turn;
+    });
+    queue.insert(later, job);
 }
 
 void ReadLanes::hasten(int32_t slab) {
@@ -247,7 +246,7 @@ void ReadLanes::hasten(int32_t slab) {
     const auto others = std::stable_partition(speculative_.begin(), speculative_.end(),
                                               [&](const ReadJob& job) { return job.slab != slab; });
     if (others != speculative_.end()) {
-        std::for_each(others, speculative_.end(), [this](const ReadJob& job) { demand(job); });
+        std::for_each(others, speculative_.end(), [this](const ReadJob& job) { enqueue(job, Urgency::demanded); });
         speculative_.erase(others, speculative_.end());
         lock.unlock();
         work_ready_.notify_one();

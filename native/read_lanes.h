@@ -36,7 +36,8 @@ struct ReadJob {
     size_t n;
     Io io;
     int32_t slab = 0;
-    int rank = 0;  // among what is demanded: the lower ones first
+    int rank = 0;      // among what is demanded: the lower ones first
+    int64_t turn = 0;  // among what nobody waits for: the lower ones first
     int n_tries = 0;
     int failed_by = -1;        // the lane that tried last
     bool speculative = false;  // taken from the queue of those
@@ -88,7 +89,7 @@ class ReadLanes {
 
     int32_t run_slab() const { return static_cast<int32_t>(slabs_.size()) - 1; }
     void work(int lane);
-    void demand(const ReadJob& job);
+    void enqueue(const ReadJob& job, Urgency urgency);
     bool take(ReadJob& job, int lane);
     void work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& lock);
     void finish(int32_t slab);

@@ -226,7 +226,10 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
         if (store_.all_fit()) {
             complete(layer, top_k->ne[1]);
         } else {
-            look_ahead(layer + 1, top_k);
+            int next = layer;
+            for (int ahead = 1; ahead <= look_ahead_.farthest() && (next = store_.layer_after(next)) >= 0; ++ahead) {
+                look_ahead(next, ahead, top_k);
+            }
         }
     }
     if (store_.tuning().overlap) {
@@ -258,14 +261,18 @@ void RouterHook::complete(int layer, int64_t n_tokens) {
     store_.expect(layer, rest);
 }
 
-void RouterHook::look_ahead(int layer, const ggml::Tensor* top_k) {
+void RouterHook::look_ahead(int layer, int ahead, const ggml::Tensor* top_k) {
     // A limited layer's experts are held, and its router is not the one that chooses.
-    if (store_.n_parts(layer) == 0 || store_.settled(layer) || mask_.limits(layer)) {
+    if (store_.settled(layer) || mask_.limits(layer)) {
         return;
     }
     // llama.cpp computes the last layer for the tokens alone whose logits are wanted: usually the last one.
     const int64_t n_tokens = layer == store_.last_layer() ? 1 : top_k->ne[1];
-    store_.expect(layer, look_ahead_.guess(layer, top_k, n_tokens, routes_.predicted(layer, n_tokens)));
+    const std::vector<int32_t> told = routes_.predicted(layer, ahead, n_tokens);
+    if (told.empty() && routes_.predicts()) {
+        return;  // random weights have nothing to say
+    }
+    store_.expect(layer, look_ahead_.guess(layer, ahead, top_k, n_tokens, told));
 }
 
 void RouterHook::watch(const std::vector<int>& layers, bool outputs) {
@@ -289,6 +296,7 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
     } else if (lent_bytes_ > 0 && store_.in_slots() && !store_.borrowing() && batch_memory_.give_back(lent_bytes_)) {
         store_.borrow();
     }
+    look_ahead_.begin(n_tokens);
     skipping_.begin(position, n_tokens);
 }
 

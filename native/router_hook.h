@@ -72,7 +72,7 @@ class RouterHook {
     bool serve(int layer, const ggml::Tensor* top_k);
     void count_hits(int layer, const ggml::Tensor* top_k) const;
     void complete(int layer, int64_t n_tokens);
-    void look_ahead(int layer, const ggml::Tensor* top_k);
+    void look_ahead(int layer, int ahead, const ggml::Tensor* top_k);
     void read_table(const ggml::Tensor* node);
     void fail(const std::string& what);
 

@@ -202,11 +202,16 @@ def test_a_switched_task_uses_other_experts():
     assert shared[0] > 2 * shared[1]
 
 
-@pytest.mark.parametrize("recall", [0.0, 0.3, 0.59, 0.8, 1.0])
-def test_predictions_have_their_recall_which_falls_with_rank(recall):
+@pytest.mark.parametrize("recalls", [(0.0,), (0.3, 0.3), (0.59, 0.5, 0.2), (0.8, 0.76), (1.0, 0.9)])
+def test_predictions_have_their_recall_which_falls_with_rank(recalls):
     rows = uniform_routes(10, 40, 8, 0, 1000, seed=4).decode
-    found = predictions(rows, 40, recall, seed=5)
-    assert (found.dtype, found.shape) == (rows.dtype, rows.shape)
+    told = predictions(rows, 40, recalls, seed=5)
+    assert (told.dtype, told.shape) == (rows.dtype, (len(recalls), *rows.shape))
+    for found, recall in zip(told, recalls, strict=True):
+        check_recall(rows, found, recall)
+
+
+def check_recall(rows, found, recall):
     kept = found == rows
     assert kept.mean() == pytest.approx(recall, abs=0.01)
     by_rank = kept.mean((0, 1))
@@ -219,9 +224,17 @@ def test_predictions_have_their_recall_which_falls_with_rank(recall):
     assert np.all((found >= 0) & (found < 40))
 
 
+def test_predictions_from_farther_are_right_where_the_later_ones_are_and_repeat_half_of_the_others():
+    rows = uniform_routes(10, 128, 6, 0, 1000, seed=4).decode
+    near, far = predictions(rows, 128, (0.8, 0.7), seed=5)
+    assert not ((far == rows) & (near != rows)).any()
+    wrong = near != rows
+    assert (far == near)[wrong].mean() == pytest.approx(0.5, abs=0.02)
+
+
 def test_half_of_the_wrong_predictions_were_used_a_moment_ago():
     rows = uniform_routes(6, 128, 6, 0, 1000, seed=4).decode
-    found = predictions(rows, 128, 0.5, seed=5)
+    found = predictions(rows, 128, (0.5,), seed=5)[0]
     recent = np.zeros(found.shape, bool)
     for back in range(1, 5):
         recent[back:] |= (found[back:, :, :, None] == rows[:-back, :, None, :]).any(3)
@@ -230,7 +243,7 @@ def test_half_of_the_wrong_predictions_were_used_a_moment_ago():
 
 def test_predictions_that_cannot_be_emulated():
     rows = uniform_routes(1, 4, 2, 0, 1, seed=0).decode
-    for n_expert, recall in ((4, -0.1), (4, 1.1), (3, 0.5)):
+    for n_expert, recalls in ((4, (-0.1,)), (4, (1.1,)), (3, (0.5,)), (5, (0.5, 0.4)), (6, (0.5, 1.4))):
         with pytest.raises(TraceError, match="cannot be emulated"):
-            predictions(rows, n_expert, recall, 0)
-    assert predictions(rows[..., :1], 4, 0.5, 0).shape == (1, 1, 1)
+            predictions(rows, n_expert, recalls, 0)
+    assert predictions(rows[..., :1], 4, (0.5,), 0).shape == (1, 1, 1, 1)

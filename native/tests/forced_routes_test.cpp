@@ -156,7 +156,7 @@ TEST(no_layers_force_nothing) {
     forced.set({0, 1}, routes(2, 2), kUsed);
     forced.set({}, {}, 0);
     CHECK(!forced.forces(0) && !forced.forces(1));
-    CHECK(forced.predicted(0, 1).empty());
+    CHECK(forced.predicted(0, 1, 1).empty());
 }
 
 TEST(no_rows_are_used_up_at_once) {
@@ -169,7 +169,7 @@ TEST(no_rows_are_used_up_at_once) {
 TEST(predictions_are_of_the_tokens_under_way) {
     ForcedRoutes forced;
     forced.set({0, 2}, routes(9, 2), kUsed);
-    CHECK(forced.predicted(2, 1).empty());
+    CHECK(forced.predicted(2, 1, 1).empty());
     forced.set_predictions(routes(9, 2, 1000));
     const auto told = [&](int64_t first, int64_t n) {
         Ids ids;
@@ -181,20 +181,28 @@ TEST(predictions_are_of_the_tokens_under_way) {
     };
     Selected five(0, 5), one(0, 1);
     forced.apply(0, &five.top_k);
-    CHECK(forced.predicted(2, 5) == told(0, 5));
-    CHECK(forced.predicted(2, 1) == told(4, 1));
-    CHECK(forced.predicted(1, 1).empty());
-    CHECK(forced.predicted(3, 1).empty());
+    CHECK(forced.predicted(2, 1, 5) == told(0, 5));
+    CHECK(forced.predicted(2, 1, 1) == told(4, 1));
+    CHECK(forced.predicted(1, 1, 1).empty());
+    CHECK(forced.predicted(3, 1, 1).empty());
     forced.apply(0, &one.top_k);
-    CHECK(forced.predicted(2, 1) == told(5, 1));
+    CHECK(forced.predicted(2, 1, 1) == told(5, 1));
     CHECK(one.row(0) == row_of(5, 0));  // what is predicted is not what is forced
     forced.set_predictions({});
-    CHECK(forced.predicted(2, 1).empty());
+    CHECK(forced.predicted(2, 1, 1).empty());
     CHECK_REFUSED(forced.set_predictions(routes(8, 2)), "32 experts are predicted for 36 that are forced");
+    CHECK(!forced.predicts());
+    Ids both = routes(9, 2, 1000), farther = routes(9, 2, 2000);
+    both.insert(both.end(), farther.begin(), farther.end());
+    forced.set_predictions(both);
+    CHECK(forced.predicts());
+    CHECK(forced.predicted(2, 1, 1) == told(5, 1));
+    CHECK(forced.predicted(2, 2, 1) == row_of(5, 1, 2000));
+    CHECK(forced.predicted(2, 3, 1).empty());
     forced.set_predictions(routes(9, 2, 1000));
     forced.set({0, 2}, routes(9, 2), kUsed);  // other routes: nothing is predicted for these
     forced.apply(0, &one.top_k);
-    CHECK(forced.predicted(2, 1).empty());
+    CHECK(forced.predicted(2, 1, 1).empty());
 }
 
 TEST(forcer_of_a_plain_context) {
@@ -226,6 +234,6 @@ TEST(predictions_for_layers_before_the_first_forced_one_are_none) {
     edgemoe::ForcedRoutes routes;
     routes.set({2, 0}, {1, 2, 3, 4}, 2);
     routes.set_predictions({5, 6, 7, 8});
-    CHECK(routes.predicted(0, 1).empty());  // no token has begun
+    CHECK(routes.predicted(0, 1, 1).empty());  // no token has begun
     CHECK_REFUSED(routes.set({0, -1}, {1, 2}, 1), "negative");
 }

@@ -2,14 +2,17 @@
 #include "look_ahead.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 
 #include "check.h"
 #include "fake_ggml.h"
+#include "held_disk.h"
 #include "running_hook.h"
 #include "scratch_file.h"
 
@@ -26,6 +29,7 @@ using Ids = std::vector<int32_t>;
 using Numbers = std::vector<float>;
 
 constexpr int64_t kEmbd = 21, kUsed = 3;
+const uint64_t kSlab = 2 * page_size();
 
 struct Parts {
     bool norm = true;             // a norm of its own in each layer
@@ -33,12 +37,12 @@ struct Parts {
     bool selection_bias = false;  // for the choice only, of sigmoids
 };
 
-// Two MoE layers in a file: experts, and the routers' weights as numbers.
+// Three MoE layers in a file: experts, and the routers' weights as numbers.
 class Routers {
    public:
     Routers(Parts parts, uint64_t arena_bytes, uint32_t seed) : random_(seed), api_(fake_ggml::make_api()) {
         CHECK_EQUAL(api_.check_layout(), "");
-        for (const int layer : {0, 1}) {
+        for (const int layer : {0, 1, 2}) {
             describe(layer, "ffn_gate_inp.weight", {kEmbd, kExperts});
             if (parts.norm) {
                 describe(layer, "ffn_norm.weight", {kEmbd});
@@ -50,18 +54,20 @@ class Routers {
                 describe(layer, "exp_probs_b.bias", {kExperts});
             }
         }
-        const uint64_t experts_at = numbers_.size() * sizeof(float), n_bytes = kExperts * 2 * page_size();
-        Bytes bytes(experts_at + 2 * n_bytes);
-        std::memcpy(bytes.data(), numbers_.data(), experts_at);
+        experts_at_ = numbers_.size() * sizeof(float);
+        const uint64_t n_bytes = kExperts * kSlab;
+        Bytes bytes(experts_at_ + 3 * n_bytes);
+        std::memcpy(bytes.data(), numbers_.data(), experts_at_);
         file_ = std::make_unique<ScratchFile>(bytes);
         store = std::make_unique<edgemoe::ExpertStore>(Io::pread, 2, arena_bytes);
         store->add_file(file_->path());
         for (const auto& [name, at] : at_) {
             store->add_tensor({name, 0, at.first * sizeof(float), at.second * sizeof(float), -1, 0});
         }
-        for (const int layer : {0, 1}) {
+        for (const int layer : {0, 1, 2}) {
             const std::string name = "blk." + std::to_string(layer) + ".ffn_up_exps.weight";
-            store->add_tensor({name, 0, experts_at + static_cast<uint64_t>(layer) * n_bytes, n_bytes, layer, kExperts});
+            store->add_tensor(
+                {name, 0, experts_at_ + static_cast<uint64_t>(layer) * n_bytes, n_bytes, layer, kExperts});
             tensors_.push_back(make_tensor(fake_ggml::kI8, name, {2 * static_cast<int64_t>(page_size()), 1, kExperts}));
         }
         buffer = std::make_unique<edgemoe::ExpertBuffer>(*store, api_);
@@ -83,6 +89,10 @@ class Routers {
         const auto [first, n] = at_.at("blk." + std::to_string(layer) + "." + name);
         const auto begin = numbers_.begin() + static_cast<std::ptrdiff_t>(first);
         return {begin, begin + static_cast<std::ptrdiff_t>(n)};
+    }
+
+    uint64_t at(int layer, int expert) const {  // in the file
+        return experts_at_ + static_cast<uint64_t>(layer * kExperts + expert) * kSlab;
     }
 
     std::unique_ptr<edgemoe::ExpertStore> store;
@@ -109,6 +119,7 @@ class Routers {
     std::mt19937 random_;
     edgemoe::ggml::Api api_;
     Numbers numbers_;
+    uint64_t experts_at_ = 0;
     std::map<std::string, std::pair<size_t, size_t>> at_;  // by name: first number, how many
     std::vector<Tensor> tensors_;
     std::unique_ptr<ScratchFile> file_;
@@ -148,11 +159,11 @@ class Selection {
     Selection(const Selection&) = delete;
     Selection& operator=(const Selection&) = delete;
 
-    // The experts that layer 1 would choose for a token, the best first.
-    Ids textbook(int64_t token) const {
-        const Numbers router = routers_.numbers(1, "ffn_gate_inp.weight");
-        const Numbers norm_weights = parts_.norm ? routers_.numbers(1, "ffn_norm.weight") : Numbers(kEmbd, 1);
-        const Numbers bias = parts_.bias ? routers_.numbers(1, "ffn_gate_inp.bias") : Numbers(kExperts, 0);
+    // The experts that a later layer would choose for a token, the best first.
+    Ids textbook(int64_t token, int layer = 1) const {
+        const Numbers router = routers_.numbers(layer, "ffn_gate_inp.weight");
+        const Numbers norm_weights = parts_.norm ? routers_.numbers(layer, "ffn_norm.weight") : Numbers(kEmbd, 1);
+        const Numbers bias = parts_.bias ? routers_.numbers(layer, "ffn_gate_inp.bias") : Numbers(kExperts, 0);
         std::vector<double> scores(kExperts);
         for (size_t expert = 0; expert < kExperts; ++expert) {
             double logit = bias[expert];
@@ -162,7 +173,7 @@ class Selection {
             }
             scores[expert] = logit;
             if (parts_.selection_bias) {
-                scores[expert] = 1 / (1 + std::exp(-logit)) + routers_.numbers(1, "exp_probs_b.bias")[expert];
+                scores[expert] = 1 / (1 + std::exp(-logit)) + routers_.numbers(layer, "exp_probs_b.bias")[expert];
             }
         }
         Ids order(kExperts);
@@ -190,9 +201,10 @@ void guess_as_the_textbook(Parts parts) {
     for (uint32_t seed = 0; seed < 20; ++seed) {
         LookAhead look_ahead(*routers.store, *routers.buffer);
         Selection one(routers, parts, 1, seed), batch(routers, parts, 7, seed);
-        CHECK(look_ahead.guess(1, &one.top_k, 1) == one.textbook(0));
-        CHECK(look_ahead.guess(1, &batch.top_k, 1) == batch.textbook(6));  // the last of a batch
-        const Ids found = look_ahead.guess(1, &batch.top_k, 5);
+        CHECK(look_ahead.guess(1, 1, &one.top_k, 1) == one.textbook(0));
+        CHECK(look_ahead.guess(1, 1, &batch.top_k, 1) == batch.textbook(6));  // the last of a batch
+        CHECK(look_ahead.guess(2, 2, &one.top_k, 1) == one.textbook(0, 2));   // by the same state
+        const Ids found = look_ahead.guess(1, 1, &batch.top_k, 5);
         std::vector<int> count(kExperts, 0);
         for (int64_t token = 2; token < 7; ++token) {
             for (const int32_t expert : batch.textbook(token)) {
@@ -221,27 +233,27 @@ TEST(router_that_cannot_be_found_guesses_nothing) {
     Routers routers(parts, kSmall, 2);
     LookAhead look_ahead(*routers.store, *routers.buffer);
     Selection selection(routers, parts, 1, 3);
-    CHECK_EQUAL(look_ahead.guess(1, &selection.top_k, 1).size(), static_cast<size_t>(kUsed));
+    CHECK_EQUAL(look_ahead.guess(1, 1, &selection.top_k, 1).size(), static_cast<size_t>(kUsed));
     selection.logits.src[1] = nullptr;
-    CHECK(look_ahead.guess(1, &selection.top_k, 1).empty());
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1).empty());
     selection.logits.src[1] = &selection.input;
     selection.input.type = fake_ggml::kI8;  // computed in another type
-    CHECK(look_ahead.guess(1, &selection.top_k, 1).empty());
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1).empty());
     selection.input.type = kF32;
     selection.input.ne[0] = kEmbd + 1;
-    CHECK(look_ahead.guess(1, &selection.top_k, 1).empty());
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1).empty());
     selection.input.ne[0] = kEmbd;
     selection.logits.src[0] = routers.named("blk.1.ffn_gate_inp.weight");  // another layer's
-    CHECK(look_ahead.guess(1, &selection.top_k, 1).empty());
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1).empty());
     selection.logits.src[0] = routers.named("blk.0.ffn_gate_inp.weight");
     selection.top_k.view_src = nullptr;  // ids that no router chose
-    CHECK(look_ahead.guess(1, &selection.top_k, 1).empty());
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1).empty());
     selection.top_k.view_src = &selection.ranking;
     selection.probs.src[0] = &selection.ranking;  // goes round in circles
-    CHECK(look_ahead.guess(1, &selection.top_k, 1).empty());
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1).empty());
     selection.probs.src[0] = &selection.logits;
-    CHECK(look_ahead.guess(2, &selection.top_k, 1).empty());  // no such layer
-    CHECK_EQUAL(look_ahead.guess(1, &selection.top_k, 1).size(), static_cast<size_t>(kUsed));
+    CHECK(look_ahead.guess(3, 1, &selection.top_k, 1).empty());  // no such layer
+    CHECK_EQUAL(look_ahead.guess(1, 1, &selection.top_k, 1).size(), static_cast<size_t>(kUsed));
 }
 
 TEST(what_is_told_stands_in_for_the_router) {
@@ -250,9 +262,9 @@ TEST(what_is_told_stands_in_for_the_router) {
     LookAhead look_ahead(*routers.store, *routers.buffer);
     const Selection selection(routers, parts, 1, 3);
     for (const Ids& told : {Ids{0, 1, 2}, Ids{7, 5, 3}}) {
-        CHECK(look_ahead.guess(1, &selection.top_k, 1, told) == told);
+        CHECK(look_ahead.guess(1, 1, &selection.top_k, 1, told) == told);
     }
-    CHECK(look_ahead.guess(1, &selection.top_k, 1) == selection.textbook(0));
+    CHECK(look_ahead.guess(1, 1, &selection.top_k, 1) == selection.textbook(0));
 }
 
 TEST(long_batches_are_sampled) {
@@ -260,7 +272,7 @@ TEST(long_batches_are_sampled) {
     Routers routers(parts, kSmall, 4);
     LookAhead look_ahead(*routers.store, *routers.buffer);
     Selection batch(routers, parts, 500, 5);
-    const Ids found = look_ahead.guess(1, &batch.top_k, 500);
+    const Ids found = look_ahead.guess(1, 1, &batch.top_k, 500);
     CHECK(!found.empty());
     Ids sorted = found;
     std::sort(sorted.begin(), sorted.end());
@@ -274,15 +286,65 @@ TEST(trust_falls_where_guesses_are_wrong_and_recovers) {
     LookAhead look_ahead(*routers.store, *routers.buffer);
     const Ids guess{5, 2, 7};
     for (int i = 0; i < 200; ++i) {
-        look_ahead.guess_from(1, guess, 3);
+        look_ahead.guess_from(1, 1, guess, 3);
         look_ahead.settle(1, {5, 0, 1});  // the first is right, the others never are
     }
-    CHECK(look_ahead.guess_from(1, guess, 3) == Ids{5});
+    CHECK(look_ahead.guess_from(1, 1, guess, 3) == Ids{5});
     for (int i = 0; i < 1000; ++i) {
-        look_ahead.guess_from(1, guess, 3);
+        look_ahead.guess_from(1, 1, guess, 3);
         look_ahead.settle(1, guess);
     }
-    CHECK(look_ahead.guess_from(1, guess, 3) == guess);
+    CHECK(look_ahead.guess_from(1, 1, guess, 3) == guess);
+}
+
+TEST(trust_is_by_how_far_ahead_a_guess_is_made) {
+    Routers routers({}, kSmall, 6);
+    LookAhead look_ahead(*routers.store, *routers.buffer);
+    for (int i = 0; i < 200; ++i) {
+        look_ahead.guess_from(2, 2, {5, 2, 7}, 3);
+        look_ahead.guess_from(2, 1, {5, 2, 1}, 3);
+        look_ahead.settle(2, {5, 2, 1});
+    }
+    CHECK(look_ahead.guess_from(2, 2, {6, 4, 3}, 3) == (Ids{6, 4}));
+    CHECK(look_ahead.guess_from(2, 1, {6, 4, 3}, 3) == (Ids{6, 4, 3}));
+}
+
+TEST(guesses_of_a_graph_that_ended_early_are_not_held_against_it) {
+    Routers routers({}, kSmall, 6);
+    LookAhead look_ahead(*routers.store, *routers.buffer);
+    const Ids guess{5, 2, 7};
+    for (int i = 0; i < 200; ++i) {
+        look_ahead.guess_from(1, 1, guess, 3);
+        look_ahead.begin(1);
+        look_ahead.settle(1, {0});
+    }
+    CHECK(look_ahead.guess_from(1, 1, guess, 3) == guess);
+}
+
+TEST(two_layers_ahead_are_guessed_for_single_tokens_while_the_disk_is_busy) {
+    WithHeldDisk with;
+    Routers routers({}, kSmall, 6);
+    LookAhead look_ahead(*routers.store, *routers.buffer);
+    look_ahead.begin(1);
+    CHECK_EQUAL(look_ahead.farthest(), 2);
+    look_ahead.begin(7);
+    CHECK_EQUAL(look_ahead.farthest(), 1);
+    look_ahead.begin(1);  // what a batch does says nothing of tokens
+    CHECK_EQUAL(look_ahead.farthest(), 2);
+    const auto tokens = [&] {
+        for (int i = 0; i < 30; ++i) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            look_ahead.begin(1);
+        }
+    };
+    tokens();
+    CHECK_EQUAL(look_ahead.farthest(), 1);
+    with.disk.hold({routers.at(1, 5)});
+    routers.store->expect(1, {5});
+    with.disk.await(1);
+    tokens();
+    CHECK_EQUAL(look_ahead.farthest(), 2);
+    with.disk.let_go();
 }
 
 TEST(nothing_is_mistrusted_before_it_was_watched) {
@@ -290,14 +352,14 @@ TEST(nothing_is_mistrusted_before_it_was_watched) {
     LookAhead look_ahead(*routers.store, *routers.buffer);
     const Ids guess{5, 2, 7};
     for (int i = 0; i < 10; ++i) {
-        CHECK(look_ahead.guess_from(1, guess, 3) == guess);
+        CHECK(look_ahead.guess_from(1, 1, guess, 3) == guess);
         look_ahead.settle(0, {0});  // another layer's router
         look_ahead.settle(1, {0});
     }
     for (int i = 0; i < 200; ++i) {  // and what is not told is not held against it
-        look_ahead.guess_from(1, guess, 3);
+        look_ahead.guess_from(1, 1, guess, 3);
     }
-    CHECK(look_ahead.guess_from(1, guess, 3) == guess);
+    CHECK(look_ahead.guess_from(1, 1, guess, 3) == guess);
 }
 
 TEST(what_is_in_memory_is_passed_on_and_not_watched) {
@@ -306,22 +368,22 @@ TEST(what_is_in_memory_is_passed_on_and_not_watched) {
     CHECK(routers.store->resident(1, 2));
     LookAhead look_ahead(*routers.store, *routers.buffer);
     for (int i = 0; i < 200; ++i) {
-        look_ahead.guess_from(1, {2, 5, 7}, 3);
+        look_ahead.guess_from(1, 1, {2, 5, 7}, 3);
         look_ahead.settle(1, {5, 0, 1});
     }
     // It costs nothing to keep, however often it is not asked for.
-    CHECK(look_ahead.guess_from(1, {2, 5, 7}, 3) == (Ids{2, 5}));
+    CHECK(look_ahead.guess_from(1, 1, {2, 5, 7}, 3) == (Ids{2, 5}));
 }
 
 TEST(guesses_of_batches_are_trusted_by_how_many_tokens_make_them) {
     Routers routers({}, kSmall, 9);
     LookAhead look_ahead(*routers.store, *routers.buffer);
     const Ids rows{1, 2, 3, 1, 2, 4, 1, 5, 6};
-    CHECK(look_ahead.guess_from(1, rows, 3) == (Ids{1, 2, 3, 4, 5, 6}));
+    CHECK(look_ahead.guess_from(1, 1, rows, 3) == (Ids{1, 2, 3, 4, 5, 6}));
     for (int i = 0; i < 200; ++i) {
-        look_ahead.guess_from(1, rows, 3);
+        look_ahead.guess_from(1, 1, rows, 3);
         look_ahead.settle(1, {1, 2});
     }
-    CHECK(look_ahead.guess_from(1, rows, 3) == (Ids{1, 2}));
-    CHECK(look_ahead.guess_from(1, {1, 2, 3}, 3) == (Ids{1, 2, 3}));  // single tokens are another matter
+    CHECK(look_ahead.guess_from(1, 1, rows, 3) == (Ids{1, 2}));
+    CHECK(look_ahead.guess_from(1, 1, {1, 2, 3}, 3) == (Ids{1, 2, 3}));  // single tokens are another matter
 }

@@ -23,11 +23,14 @@ using Ids = std::vector<int32_t>;
 constexpr auto kUsed = static_cast<size_t>(RoutedLayer::kUsed);
 constexpr int kLayers = 3;
 
-// Three layers with experts, one after the other.
-TinyModel deep_model() {
+// Layers with experts, by default one after the other.
+TinyModel deep_model(const std::vector<int>& with_experts = {0, 1, 2}) {
     const uint64_t slab = 2 * page_size();
-    const TinyLayer layer{kExperts, {slab, slab, slab}};
-    return {{layer, layer, layer}, {100}, 1, 1};
+    std::vector<TinyLayer> layers(static_cast<size_t>(with_experts.back()) + 1, {0, {}});
+    for (const int layer : with_experts) {
+        layers[static_cast<size_t>(layer)] = {kExperts, {slab, slab, slab}};
+    }
+    return {layers, {100}, 1, 1};
 }
 uint64_t room_for(uint64_t n_experts) { return n_experts * 3 * 3 * page_size(); }  // of three parts, odd pages included
 
@@ -82,8 +85,9 @@ class OneExpert {
 enum class Told { nothing, truth, falsehood };
 
 // Prompt batches and decoded tokens on given routes: each product compares what it reads with the file.
-StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told) {
-    const TinyModel model = deep_model();
+StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told,
+                         const std::vector<int>& with_experts = {0, 1, 2}) {
+    const TinyModel model = deep_model(with_experts);
     Running running(model, io, arena_bytes, tuning);
     std::mt19937 random(3);
     const std::vector<size_t> batches{5, 3, 1, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -96,17 +100,18 @@ StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told) 
             predictions.push_back(told == Told::truth ? expert : (expert + 4) % kExperts);
         }
     }
-    running.hook->routes().set({0, 1, 2}, ids, RoutedLayer::kUsed);
+    running.hook->routes().set(with_experts, ids, RoutedLayer::kUsed);
+    predictions.insert(predictions.end(), predictions.begin(), predictions.end());  // two layers ahead as one
     running.hook->routes().set_predictions(told == Told::nothing ? Ids{} : predictions);
     size_t first = 0;
     for (uint32_t batch = 0; batch < batches.size(); ++batch) {
         const size_t n = batches[batch];
-        running.hook->watch({0, 1, 2}, true);
+        running.hook->watch(with_experts, true);
         std::deque<RoutedLayer> layers;
         Graph graph;
-        for (int layer = 0; layer < kLayers; ++layer) {
+        for (const int layer : with_experts) {
             // The last one for the last token alone.
-            layers.emplace_back(layer, layer == kLayers - 1 ? 1 : n, Routing::softmax, batch * 10);
+            layers.emplace_back(layer, layer == with_experts.back() ? 1 : n, Routing::softmax, batch * 10);
             layers.back().add_to(running, graph);
         }
         running.hook->begin();
@@ -121,7 +126,7 @@ StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told) 
                                                    ((first + token) * kLayers + static_cast<size_t>(layer)) * kUsed);
                 expected.insert(expected.end(), row, row + kUsed);
             }
-            CHECK(running.hook->take_trace(layer).ids == expected);
+            CHECK(running.hook->take_trace(with_experts[static_cast<size_t>(layer)]).ids == expected);
         }
         CHECK(running.store->stats().resident_bytes <= arena_bytes);
         first += n;
@@ -252,6 +257,16 @@ TEST(right_predictions_hide_the_next_layers_reads) {
     CHECK_EQUAL(told.wasted_bytes, 0U);
     tuning.look_ahead = false;
     CHECK_EQUAL(follow_routes(Io::pread, room_for(10), tuning, Told::truth).expected_bytes, 0U);
+}
+
+TEST(layers_without_experts_are_no_layers_ahead) {
+    const WithHeldDisk nothing_held;
+    for (const std::vector<int>& with_experts : {std::vector{0, 3, 6}, std::vector{1, 2, 4}}) {
+        const StoreStats untold = follow_routes(Io::pread, room_for(10), {}, Told::nothing, with_experts);
+        const StoreStats told = follow_routes(Io::pread, room_for(10), {}, Told::truth, with_experts);
+        CHECK(told.hits > untold.hits);
+        CHECK_EQUAL(told.wasted_bytes, 0U);
+    }
 }
 
 TEST(routes_that_end_too_early_end_the_graph) {

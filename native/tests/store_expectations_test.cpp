@@ -17,11 +17,11 @@ namespace {
 
 using Experts = std::vector<int32_t>;
 
-// Two layers of one part, whose slabs are whole pages, and a place in the file for each of them.
+// Three layers of one part, whose slabs are whole pages, and a place in the file for each of them.
 class Layers {
    public:
     explicit Layers(uint64_t arena_pages, int n_lanes = 2, Tuning tuning = {})
-        : model({{8, {kSlab}}, {8, {kSlab}}}, {}, 1, 1),
+        : model({{8, {kSlab}}, {8, {kSlab}}, {8, {kSlab}}}, {}, 1, 1),
           placed(model, Io::pread, n_lanes, arena_pages * page_size(), tuning) {}
     ~Layers() { disk.let_go(); }
     Layers(const Layers&) = delete;
@@ -115,6 +115,35 @@ TEST(what_is_asked_for_comes_before_what_is_expected) {
     CHECK_EQUAL(layers.placed->stats().expected_hits, 2U);
 }
 
+TEST(expecting_others_takes_back_what_is_expected_no_more) {
+    Layers layers(18);
+    layers.placed->acquire(0, 1, {0});
+    layers.expect_held(1, {3, 4, 5});
+    layers.placed->expect(1, {3, 6, 4});
+    CHECK(layers.placed->resident(1, 6) && !layers.placed->resident(1, 5));
+    layers.let_all_come(1, {3, 6, 4});
+    layers.placed->acquire(1, 1, {3, 4, 6});
+    CHECK_EQUAL(layers.placed->stats().expected_hits, 3U);
+    CHECK_EQUAL(layers.placed->stats().expected_bytes, 3 * Layers::kSlab);
+    CHECK_EQUAL(layers.n_read(1, 5), 0U);
+    layers.placed.check_consistent();
+}
+
+TEST(layers_that_come_sooner_are_read_first) {
+    Layers layers(24);
+    layers.placed->acquire(0, 1, {0});
+    layers.expect_held(2, {3, 4});
+    layers.placed->expect(1, {5, 6});
+    layers.let_all_come(2, {4});
+    const std::vector<uint64_t> read = layers.disk.offsets();
+    const std::vector<uint64_t> order{layers.at(2, 3), layers.at(1, 5), layers.at(1, 6), layers.at(2, 4)};
+    CHECK(std::vector<uint64_t>(read.end() - 4, read.end()) == order);
+    layers.placed->acquire(1, 1, {5, 6});
+    layers.placed->acquire(2, 1, {3, 4});
+    CHECK(layers.placed.holds(2, {3, 4}));
+    CHECK_EQUAL(layers.placed->stats().expected_hits, 4U);
+}
+
 TEST(wrong_guess_that_was_read_is_wasted_when_it_leaves) {
     Layers layers(4 * Layers::kPages);
     layers.placed->acquire(0, 1, {0});
@@ -184,6 +213,35 @@ TEST(wrong_guess_under_way_gives_its_room_back) {
     CHECK(!refused);
     CHECK(layers.placed.holds(1, {0, 1, 2}));
     CHECK(layers.placed->stats().peak_bytes <= 8 * page_size());
+}
+
+TEST(guesses_for_layers_of_different_kinds_all_find_room) {
+    const WithHeldDisk nothing_held;
+    const uint64_t page = page_size();
+    const TinyModel model({{8, {page}}, {8, {2 * page}}, {8, {page}}, {8, {2 * page}}}, {}, 1, 1);
+    Tuning tuning;
+    tuning.forecast = false;
+    PlacedStore placed(model, Io::pread, 2, 40 * page, tuning);
+    placed->use_slots();
+    CHECK(placed->in_slots());
+    for (const int layer : {0, 2, 1, 3}) {  // those of one kind are older than all of the other
+        for (int32_t expert = 0; expert < 8; ++expert) {
+            placed->acquire(layer, 1, {expert});
+        }
+    }
+    placed->acquire(0, 1, {7});
+    const auto absent = [&](int layer) {
+        int32_t expert = 0;
+        while (placed->resident(layer, expert)) {
+            ++expert;
+        }
+        return expert;
+    };
+    const int32_t second = absent(1), third = absent(2);
+    CHECK(second < 8 && third < 8);
+    placed->expect(1, {second});
+    placed->expect(2, {third});
+    CHECK(placed->resident(1, second) && placed->resident(2, third));
 }
 
 TEST(expected_stay_until_their_layer_is_asked_for) {
@@ -290,6 +348,6 @@ TEST(impossible_guesses_are_refused) {
     Layers layers(12);
     CHECK_REFUSED(layers.placed->expect(1, {2, 8}), "layer 1 asked for expert 8 of 8");
     CHECK_REFUSED(layers.placed->expect(1, {-1}), "expert -1");
-    CHECK_REFUSED(layers.placed->expect(2, {0}), "layer 2");
+    CHECK_REFUSED(layers.placed->expect(3, {0}), "layer 3");
     CHECK_EQUAL(layers.placed->stats().expected_bytes, 0U);
 }
