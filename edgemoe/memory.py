@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from edgemoe.errors import BudgetError
+from edgemoe.own_cgroup import MEMBERSHIP, ROOT, own_cgroups, read_number, read_text
 
 __all__ = [
     "Budget",
@@ -35,8 +36,7 @@ _SIZE = re.compile(rf"{_NUMBER}\s*({'|'.join(_UNITS)})", re.ASCII | re.IGNORECAS
 _PERCENT = re.compile(rf"{_NUMBER}\s*%", re.ASCII)
 
 _RESERVE_MIN = 256 << 20
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
-_PROC_SELF = Path("/proc/self")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,32 +221,19 @@ def peak_rss() -> int:
 
 
 def _status_bytes(field: str) -> int | None:
-    for line in _read(_PROC_SELF / "status").splitlines():
+    for line in read_text(_STATUS).splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return None
 
 
-def machine(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _PROC_SELF / "cgroup") -> Machine:
-    """Measure the memory of this machine and of the cgroups around this process.
-
-    Parameters
-    ----------
-    cgroup_root : Path
-        Where the cgroup file systems are mounted (version 1 or 2).
-    self_cgroup : Path
-        The file that says which cgroups this process is in.
-
-    Returns
-    -------
-    Machine
-        What there is, in bytes.
-    """
+def machine(cgroup_root: Path = ROOT, self_cgroup: Path = MEMBERSHIP) -> Machine:
+    """Measure the memory of this machine and of the cgroups around this process; arguments as `own_cgroups`."""
     import psutil
 
     memory = psutil.virtual_memory()
     tightest: tuple[int, int] | None = None
-    for limit, used in _cgroup_levels(cgroup_root, _read(self_cgroup)):
+    for limit, used in _limits(*own_cgroups("memory", cgroup_root, self_cgroup)):
         if tightest is None or limit - used < tightest[0] - tightest[1]:
             tightest = limit, used
     if tightest is None:
@@ -257,50 +244,23 @@ def machine(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _PROC_SELF / "
 _machine = machine  # parse_budget has an argument of that name
 
 
-def _cgroup_levels(root: Path, membership: str) -> Iterator[tuple[int, int]]:
-    """Yield (limit, unreclaimable use) of every limited memory cgroup from our own up to the root."""
-    path, version = "", 0
-    for line in membership.splitlines():
-        _, _, controllers_and_path = line.partition(":")
-        controllers, _, name = controllers_and_path.partition(":")
-        if "memory" in controllers.split(","):
-            path, version = name, 1
-        elif not controllers and not version:
-            path, version = name, 2
-    if not version:
-        return
+def _limits(version: int, directories: list[Path]) -> Iterator[tuple[int, int]]:
+    """Yield (limit, unreclaimable use) of every memory cgroup that is limited."""
     if version == 1:
-        mount, limit_name, used_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        limit_name, used_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
         reclaimable_names = ("total_inactive_file", "total_active_file")
     else:
-        mount, limit_name, used_name = root, "memory.max", "memory.current"
+        limit_name, used_name = "memory.max", "memory.current"
         reclaimable_names = ("inactive_file", "active_file")
-    parts = [part for part in PurePosixPath(path).parts if part != "/"]
-    # In a container the path may be the host's ("/../.." too); what is mounted then is our own cgroup.
-    if ".." in parts:
-        parts = []
-    for depth in range(len(parts), -1, -1):
-        level = mount.joinpath(*parts[:depth])
-        limit = _number(_read(level / limit_name))
+    for directory in directories:
+        limit = read_number(read_text(directory / limit_name))
         # Version 1 says "no limit" with the largest multiple of a page below 2**63, version 2 with "max".
         if limit is None or limit >= 1 << 60:
             continue
-        used = _number(_read(level / used_name)) or 0
+        used = read_number(read_text(directory / used_name)) or 0
         reclaimable = 0
-        for line in _read(level / "memory.stat").splitlines():
+        for line in read_text(directory / "memory.stat").splitlines():
             name, _, value = line.partition(" ")
             if name in reclaimable_names:
-                reclaimable += _number(value) or 0
+                reclaimable += read_number(value) or 0
         yield limit, max(0, used - reclaimable)
-
-
-def _number(text: str) -> int | None:
-    text = text.strip()
-    return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

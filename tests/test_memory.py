@@ -296,7 +296,7 @@ def test_rss_follows_what_this_process_holds() -> None:
 
 def test_rss_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with_proc = current_rss(), peak_rss()
-    monkeypatch.setattr("edgemoe.memory._PROC_SELF", tmp_path)
+    monkeypatch.setattr("edgemoe.memory._STATUS", tmp_path / "status")
     assert current_rss() == pytest.approx(with_proc[0], rel=0.2)
     assert peak_rss() == pytest.approx(with_proc[1], rel=0.2)
 
