@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_ROOT = Path("/sys/fs/cgroup")
+from edgemoe.own_cgroup import ROOT
+
 _SWAP_BYTES = 1 << 20  # more than a processor charges at once
 
 
@@ -74,8 +75,8 @@ def memory_cgroup(limit: int) -> Iterator[MemoryCgroup]:
     CgroupUnavailableError
         Where none can be made.
     """
-    version_1 = _ROOT / "memory"
-    directory = (version_1 if version_1.is_dir() else _ROOT) / f"edgemoe-{os.getpid()}-{time.monotonic_ns()}"
+    version_1 = ROOT / "memory"
+    directory = (version_1 if version_1.is_dir() else ROOT) / f"edgemoe-{os.getpid()}-{time.monotonic_ns()}"
     try:
         directory.mkdir()
     except OSError as error:

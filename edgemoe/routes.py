@@ -36,8 +36,10 @@ Ids = npt.NDArray[np.int32]
 
 _MAGIC = "# route_trace v1"
 RECENT_TOKENS, RECENT_SHARE = 4, 0.5
-REPEATED_SHARE = 0.5
 """Wrong guesses of a router that is asked a layer too early: this share was used within so many tokens before."""
+
+REPEATED_SHARE = 0.5
+"""Wrong guesses of such a router: this share was among its guesses when it was asked a layer earlier still."""
 
 _COLUMNS = ["turn", "phase", "step", "layer", "slot", "expert"]
 

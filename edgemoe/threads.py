@@ -19,8 +19,7 @@ def default_threads() -> int:
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    quota = processor_quota()
-    return min(cores, allowed, cores if quota is None else quota)
+    return min(filter(None, (cores, allowed, processor_quota())))
 
 
 def processor_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:

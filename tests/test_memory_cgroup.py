@@ -53,6 +53,6 @@ def test_nothing_is_left(group: MemoryCgroup) -> None:
 
 
 def test_none_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROOT", tmp_path / "nothing")
+    monkeypatch.setattr(module, "ROOT", tmp_path / "nothing")
     with pytest.raises(CgroupUnavailableError, match="no memory cgroup can be made"), memory_cgroup(64 * MIB):
         pass

@@ -68,7 +68,10 @@ UBATCH = click.option(
 )
 JSON = click.option("--json", is_flag=True, help="Print JSON on standard output.")
 THREADS = click.option(
-    "--threads", metavar="N", type=click.IntRange(1, 512), help="Compute threads.  [default: physical cores]"
+    "--threads",
+    metavar="N",
+    type=click.IntRange(1, 512),
+    help="Compute threads.  [default: the physical cores that may be used]",
 )
 IO = click.option(
     "--io",

@@ -196,6 +196,14 @@ class Selection {
 
 constexpr uint64_t kSmall = 1U << 14;
 
+// So often layer 1 is guessed, and then its router speaks.
+void watch(LookAhead& look_ahead, int n, const Ids& guess, const Ids& truth) {
+    for (int i = 0; i < n; ++i) {
+        look_ahead.guess_from(1, 1, guess, 3);
+        look_ahead.settle(1, truth);
+    }
+}
+
 void guess_as_the_textbook(Parts parts) {
     Routers routers(parts, kSmall, 1);
     for (uint32_t seed = 0; seed < 20; ++seed) {
@@ -285,15 +293,9 @@ TEST(trust_falls_where_guesses_are_wrong_and_recovers) {
     Routers routers({}, kSmall, 6);
     LookAhead look_ahead(*routers.store, *routers.buffer);
     const Ids guess{5, 2, 7};
-    for (int i = 0; i < 200; ++i) {
-        look_ahead.guess_from(1, 1, guess, 3);
-        look_ahead.settle(1, {5, 0, 1});  // the first is right, the others never are
-    }
+    watch(look_ahead, 200, guess, {5, 0, 1});  // the first is right, the others never are
     CHECK(look_ahead.guess_from(1, 1, guess, 3) == Ids{5});
-    for (int i = 0; i < 1000; ++i) {
-        look_ahead.guess_from(1, 1, guess, 3);
-        look_ahead.settle(1, guess);
-    }
+    watch(look_ahead, 1000, guess, guess);
     CHECK(look_ahead.guess_from(1, 1, guess, 3) == guess);
 }
 
@@ -367,10 +369,7 @@ TEST(what_is_in_memory_is_passed_on_and_not_watched) {
     routers.store->acquire(1, 1, {2});
     CHECK(routers.store->resident(1, 2));
     LookAhead look_ahead(*routers.store, *routers.buffer);
-    for (int i = 0; i < 200; ++i) {
-        look_ahead.guess_from(1, 1, {2, 5, 7}, 3);
-        look_ahead.settle(1, {5, 0, 1});
-    }
+    watch(look_ahead, 200, {2, 5, 7}, {5, 0, 1});
     // It costs nothing to keep, however often it is not asked for.
     CHECK(look_ahead.guess_from(1, 1, {2, 5, 7}, 3) == (Ids{2, 5}));
 }
@@ -380,10 +379,7 @@ TEST(guesses_of_batches_are_trusted_by_how_many_tokens_make_them) {
     LookAhead look_ahead(*routers.store, *routers.buffer);
     const Ids rows{1, 2, 3, 1, 2, 4, 1, 5, 6};
     CHECK(look_ahead.guess_from(1, 1, rows, 3) == (Ids{1, 2, 3, 4, 5, 6}));
-    for (int i = 0; i < 200; ++i) {
-        look_ahead.guess_from(1, 1, rows, 3);
-        look_ahead.settle(1, {1, 2});
-    }
+    watch(look_ahead, 200, rows, {1, 2});
     CHECK(look_ahead.guess_from(1, 1, rows, 3) == (Ids{1, 2}));
     CHECK(look_ahead.guess_from(1, 1, {1, 2, 3}, 3) == (Ids{1, 2, 3}));  // single tokens are another matter
 }
