@@ -316,8 +316,8 @@ def _resident(cell: Cell, workload: Workload, number: int, scratch: Path, say: C
 def _compute(runs: Sequence[Run], residents: Sequence[Run]) -> tuple[float | None, float | None, str]:
     """Give the seconds of a token, and of the prompt, that computing alone takes, and where they are from."""
     if residents:
-        tokens = [seconds for run in residents for seconds in run.token_s]
-        return median(tokens), median_of(residents, lambda run: run.prompt_s), "resident"
+        token = median_of(residents, lambda run: sum(run.token_s) / len(run.token_s))
+        return token, median_of(residents, lambda run: run.prompt_s), "resident"
     done = [run for run in runs if run.arm in ("plain", "all") and run.token_s]
     token = median_of(
         done, lambda run: None if run.wait_s is None else (sum(run.token_s) - run.wait_s) / len(run.token_s)

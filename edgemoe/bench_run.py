@@ -12,9 +12,11 @@ import numpy as np
 
 from edgemoe.bench_arm import EDGEMOE, MMAP, PLAIN, Arm, ArmError, Settings
 from edgemoe.bench_machine import make_cold
+from edgemoe.bench_memory import HeldMemory
 from edgemoe.bench_pattern import best_experts, prompt_counts, within
 from edgemoe.expert_set import ExpertLayers
 from edgemoe.index import ExpertIndex
+from edgemoe.memory import machine
 from edgemoe.memory_cgroup import CgroupUnavailableError, MemoryCgroup, drop_page_cache, memory_cgroup
 from edgemoe.plan import expert_pages
 from edgemoe.routes import Ids, Routes
@@ -167,7 +169,7 @@ def run_arm(arm: str, cell: Cell, workload: Workload, opponent: Settings | None,
     tuning = arm if arm in ("plain", "blind", "lru") else "all"
     settings = replace(settings, tuning=tuning, forced_bytes=_forced_bytes(workload))
     cool(cell.index)
-    with _machine_of(cell.limit) as group:
+    with _machine_of(cell) as group:
         wrap: Callable[[Sequence[str]], list[str]] = list if group is None else group.command
         try:
             with Arm(PLAIN if arm == MMAP else EDGEMOE, settings, wrap, PATIENCE) as child:
@@ -205,12 +207,14 @@ def cool(index: ExpertIndex) -> None:
 
 
 @contextlib.contextmanager
-def _machine_of(limit: int) -> Iterator[MemoryCgroup | None]:
-    """Give a memory cgroup of that size, None where none can be made."""
+def _machine_of(cell: Cell) -> Iterator[MemoryCgroup | None]:
+    """Give a memory cgroup of the cell's size, with memory held for it; None where none can be made."""
     with contextlib.ExitStack() as stack:
         group: MemoryCgroup | None = None
         with contextlib.suppress(CgroupUnavailableError):
-            group = stack.enter_context(memory_cgroup(limit))
+            group = stack.enter_context(memory_cgroup(cell.limit))
+            wanted = min(cell.limit, cell.everything, machine().available)
+            stack.enter_context(HeldMemory(wanted, group.used))
         yield group
 
 

@@ -92,6 +92,9 @@ def symbols() -> dict[str, int]:
             "ggml_mul_mat_id",
             "ggml_get_rows",
             "ggml_set_name",
+            "ggml_row_size",
+            "ggml_get_type_traits_cpu",
+            "ggml_custom_4d",
         )
     }
     # A C++ function of llama-ext.h, hence the mangled name.

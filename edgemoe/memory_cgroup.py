@@ -40,6 +40,10 @@ class MemoryCgroup:
             *map(str, command),
         ]
 
+    def used(self) -> int:
+        """Give what is in use now, bytes, counted as in `peak`."""
+        return int((self._first("memory.usage_in_bytes", "memory.current")).read_text())
+
     def peak(self) -> int:
         """Most memory that was in use at once, bytes: anonymous, page cache, page tables and other kernel memory."""
         return int((self._first("memory.max_usage_in_bytes", "memory.peak")).read_text())

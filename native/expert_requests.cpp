@@ -204,6 +204,16 @@ void ExpertStore::wait(uint32_t parts) {
     }
 }
 
+bool ExpertStore::await(int id, int32_t expert, bool counted) {
+    const int32_t slab = slab_of(entry_of(id, expert), part_of(id));
+    if (lanes_.arriving(slab)) {
+        const uint64_t started = now_ns();
+        lanes_.await(slab);
+        read_ns_ += counted ? now_ns() - started : 0;
+    }
+    return !lanes_.failed(slab);
+}
+
 // Whatever may not be what the file says leaves, and the caller gets to know.
 void ExpertStore::give_up(const std::string& failure) {
     lanes_.drain();

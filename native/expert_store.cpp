@@ -130,6 +130,12 @@ int32_t ExpertStore::slot(int layer, int32_t expert) const {
     return slot;
 }
 
+const std::byte* ExpertStore::address(int id, int32_t expert) const {
+    const Tensor& tensor = tensor_of(id);
+    return slots_.laid_out() ? slots_.address(tensor, slot(tensor.spec.layer, expert))
+                             : tensor.data + static_cast<uint64_t>(expert) * tensor.slab_bytes;
+}
+
 void ExpertStore::read_dense(int id, std::byte* to) {
     const TensorSpec& spec = tensor(id);
     const MappedFile& file = slabs_.file_of(tensor_of(id));

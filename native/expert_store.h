@@ -131,6 +131,12 @@ class ExpertStore {
         request(layer, parts, experts);
         wait(parts);
     }
+    // Of one that was asked for, by the store's tensor and its expert: where the slab is, or will be.
+    const std::byte* address(int id, int32_t expert) const;
+    bool arriving(int id, int32_t expert) const { return lanes_.arriving(slab_of(entry_of(id, expert), part_of(id))); }
+    // From any thread, between `request` and `wait`: until the slab has arrived. False: it could not be read, as `wait`
+    // will say. With one lane alone, nobody would read meanwhile.
+    bool await(int id, int32_t expert, bool counted);
     uint32_t arriving_parts() const;  // those of the last request that `wait` might have to wait for
     void release();
     void stop_reading() { lanes_.drain(); }  // nothing is written to any place when it returns
@@ -189,6 +195,7 @@ class ExpertStore {
     void add(int32_t entry, int part);
     void plan_read(const MappedFile& file, uint64_t offset, std::byte* to, uint64_t n, Io io, int32_t slab, int rank);
     static int32_t slab_of(int32_t entry, int part) { return entry * kMaxParts + part; }
+    int32_t entry_of(int id, int32_t expert) const { return in(tensor_of(id).spec.layer).first_entry + expert; }
     void prepare_entries();
 
     const Io io_;

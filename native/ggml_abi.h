@@ -77,6 +77,22 @@ struct InitParams {  // struct ggml_init_params
     bool no_alloc;
 };
 
+using FromFloat = void (*)(const float* from, void* to, int64_t n);  // ggml_from_float_t
+using VecDot = void (*)(int n, float* result, size_t, const void* x, size_t, const void* y, size_t, int n_columns);
+
+struct TypeTraits {  // ggml-cpu.h: struct ggml_type_traits_cpu
+    FromFloat from_float;
+    VecDot vec_dot;
+    int vec_dot_type;
+    int64_t n_rows;
+};
+
+struct CustomOp {  // ggml-impl.h: struct ggml_custom_op_params
+    void (*fun)(Tensor* node, int thread, int n_threads, void* userdata);
+    int n_tasks;
+    void* userdata;
+};
+
 struct MemoryUse {  // llama-ext.h: struct llama_memory_breakdown_data, bytes
     size_t model = 0;
     size_t context = 0;
@@ -86,6 +102,7 @@ struct MemoryUse {  // llama-ext.h: struct llama_memory_breakdown_data, bytes
 constexpr int kUsageCompute = 2;   // GGML_BACKEND_BUFFER_USAGE_COMPUTE
 constexpr int kStatusFailed = -1;  // GGML_STATUS_FAILED
 constexpr int kStatusSuccess = 0;
+constexpr int kAllThreads = -1;  // GGML_N_TASKS_MAX
 
 // Addresses inside the loaded libllama, by the name of the function.
 struct Api {
@@ -97,10 +114,14 @@ struct Api {
     Tensor* (*mul_mat_id)(Context*, Tensor* as, Tensor* b, Tensor* ids);               // ggml_mul_mat_id
     Tensor* (*get_rows)(Context*, Tensor* table, Tensor* rows);                        // ggml_get_rows
     Tensor* (*set_name)(Tensor*, const char*);                                         // ggml_set_name
-    std::map<BufferType*, MemoryUse> (*memory_breakdown)(const void* llama_context);   // llama_get_memory_breakdown
+    size_t (*row_size)(int type, int64_t n);                                           // ggml_row_size
+    const TypeTraits* (*type_traits)(int type);                                        // ggml_get_type_traits_cpu
+    Tensor* (*custom_4d)(Context*, int type, int64_t, int64_t, int64_t, int64_t, Tensor** args, int n_args,
+                         decltype(CustomOp::fun), int n_tasks, void* userdata);       // ggml_custom_4d
+    std::map<BufferType*, MemoryUse> (*memory_breakdown)(const void* llama_context);  // llama_get_memory_breakdown
 
     // enum ggml_op is not part of the ABI above: learnt by check_layout.
-    int op_none = -1, op_mul_mat_id = -1, op_get_rows = -1;
+    int op_none = -1, op_mul_mat_id = -1, op_get_rows = -1, op_custom = -1;
 
     // Builds a few tensors with the library and compares every field that edgemoe touches.
     // Returns what differs, or an empty string.

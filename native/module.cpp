@@ -25,7 +25,7 @@ namespace {
 using Symbols = std::map<std::string, uintptr_t>;
 
 template <typename Function>
-void bind(Function& function, const Symbols& symbols, const char* name) {
+void resolve(Function& function, const Symbols& symbols, const char* name) {
     const auto found = symbols.find(name);
     if (found == symbols.end() || found->second == 0) {
         throw std::invalid_argument(std::string("no address was given for ") + name);
@@ -35,15 +35,18 @@ void bind(Function& function, const Symbols& symbols, const char* name) {
 
 edgemoe::ggml::Api make_api(const Symbols& symbols) {
     edgemoe::ggml::Api api{};
-    bind(api.buffer_init, symbols, "ggml_backend_buffer_init");
-    bind(api.nbytes, symbols, "ggml_nbytes");
-    bind(api.init, symbols, "ggml_init");
-    bind(api.free, symbols, "ggml_free");
-    bind(api.new_tensor_3d, symbols, "ggml_new_tensor_3d");
-    bind(api.mul_mat_id, symbols, "ggml_mul_mat_id");
-    bind(api.get_rows, symbols, "ggml_get_rows");
-    bind(api.set_name, symbols, "ggml_set_name");
-    bind(api.memory_breakdown, symbols, "llama_get_memory_breakdown");
+    resolve(api.buffer_init, symbols, "ggml_backend_buffer_init");
+    resolve(api.nbytes, symbols, "ggml_nbytes");
+    resolve(api.init, symbols, "ggml_init");
+    resolve(api.free, symbols, "ggml_free");
+    resolve(api.new_tensor_3d, symbols, "ggml_new_tensor_3d");
+    resolve(api.mul_mat_id, symbols, "ggml_mul_mat_id");
+    resolve(api.get_rows, symbols, "ggml_get_rows");
+    resolve(api.set_name, symbols, "ggml_set_name");
+    resolve(api.row_size, symbols, "ggml_row_size");
+    resolve(api.type_traits, symbols, "ggml_get_type_traits_cpu");
+    resolve(api.custom_4d, symbols, "ggml_custom_4d");
+    resolve(api.memory_breakdown, symbols, "llama_get_memory_breakdown");
     const std::string wrong = api.check_layout();
     if (!wrong.empty()) {
         throw std::runtime_error("ggml's data layout differs in: " + wrong);

@@ -189,9 +189,14 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
 }
 
 void ReadLanes::finish(int32_t slab) {
-    if (slabs_[slab].n_left.fetch_sub(1, std::memory_order_acq_rel) == 1 &&
-        std::exchange(slabs_[slab].awaited, false) && --n_awaited_ == 0) {
+    if (slabs_[slab].n_left.fetch_sub(1, std::memory_order_acq_rel) > 1) {
+        return;
+    }
+    if (std::exchange(slabs_[slab].awaited, false) && --n_awaited_ == 0) {
         work_done_.notify_all();
+    }
+    if (std::exchange(slabs_[slab].watched, false)) {
+        slab_arrived_.notify_all();
     }
 }
 
@@ -283,6 +288,14 @@ void ReadLanes::wait(const std::vector<int32_t>& slabs) {
     if (std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return failed(slab); })) {
         throw SystemError(failure_);
     }
+}
+
+void ReadLanes::await(int32_t slab) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    slab_arrived_.wait(lock, [&] {
+        slabs_[slab].watched = true;
+        return !arriving(slab);
+    });
 }
 
 void ReadLanes::drain() {

@@ -54,7 +54,7 @@ class ReadLanes {
 
     void resize(int32_t n_slabs);  // while nothing is arriving
 
-    // The rest is for one caller's thread at a time, but for the counters at the end.
+    // The rest is for one caller's thread at a time, but for `await` and the counters at the end.
     void submit(const std::vector<ReadJob>& jobs, Urgency urgency);
     bool arriving(int32_t slab) const { return slabs_[slab].n_left.load(std::memory_order_acquire) > 0; }
     bool failed(int32_t slab) const { return slabs_[slab].failed.load(std::memory_order_acquire); }
@@ -65,6 +65,8 @@ class ReadLanes {
     bool cancel(int32_t slab);
     // Until none of the slabs is arriving; the caller reads along. Throws the first failure among them.
     void wait(const std::vector<int32_t>& slabs);
+    // From any thread, while others are waiting or not: until the slab is not arriving.
+    void await(int32_t slab);
     // Nothing is read any more when it returns. Slabs whose jobs were taken back have failed.
     void drain();
 
@@ -83,6 +85,7 @@ class ReadLanes {
         int32_t n_jobs = 0;     // submitted for what is arriving
         bool demanded = false;  // what is arriving is waited for
         bool awaited = false;   // right now, by the caller
+        bool watched = false;   // right now, by whoever
     };
 
     static constexpr int kCaller = 0;  // as a lane
@@ -99,7 +102,7 @@ class ReadLanes {
     bool any_to_take() const;
 
     mutable std::mutex mutex_;
-    std::condition_variable work_ready_, work_done_;
+    std::condition_variable work_ready_, work_done_, slab_arrived_;
     const size_t n_edges_;
     std::byte* const edges_;  // two pages for each lane
     std::vector<std::thread> threads_;

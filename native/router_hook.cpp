@@ -34,14 +34,11 @@ bool RouterHook::on_abort(void* self) { return static_cast<RouterHook*>(self)->s
 
 // True: compute up to and including this node, then call `after_node`.
 bool RouterHook::before_node(ggml::Tensor* node) {
+    products_.pass(node);
     if (node->op == api_.op_mul_mat_id) {
         const int id = stand_ins_.expert_tensor(node->src[0]);
-        if (id >= 0) {
-            const bool at_once = before_experts(store_.tensor(id).layer, store_.part_of(id));
-            stand_ins_.put_in(node, id);
-            if (at_once) {
-                return true;
-            }
+        if (id >= 0 && before_experts(node, id)) {
+            return true;
         }
     }
     read_table(node);
@@ -59,27 +56,33 @@ bool RouterHook::before_node(ggml::Tensor* node) {
 }
 
 // True: have the node that multiplies this part computed at once.
-bool RouterHook::before_experts(int layer, int part) {
+bool RouterHook::before_experts(ggml::Tensor* node, int id) {
+    const int layer = store_.tensor(id).layer;
     if (layer == skipping_.postponed_layer()) {
         throw SystemError(Skipping::refusal(layer));
     }
-    if (layer != served_layer_) {
-        if (!store_.settled(layer)) {
-            throw SystemError("layer " + std::to_string(layer) + " uses experts that its router never announced; " +
-                              "this architecture needs a newer edgemoe");
-        }
-        return false;
+    if (store_.settled(layer)) {
+        return false;  // its router was not even asked
     }
-    const uint32_t bit = 1U << part;
+    if (layer != served_layer_) {
+        throw SystemError("layer " + std::to_string(layer) + " uses experts that its router never announced; " +
+                          "this architecture needs a newer edgemoe");
+    }
+    const uint32_t bit = 1U << store_.part_of(id);
     if (staged_) {
         // Each user of experts is computed at once, so none of those asked about earlier still needs its own.
         store_.acquire(layer, bit, ids_);
         return true;
     }
+    if (in_parallel() && products_.suit(node)) {
+        products_.put_in(id, expect_later());
+        return false;
+    }
     if ((arriving_ & bit) != 0) {
         store_.wait(bit);
         arriving_ &= ~bit;
     }
+    stand_ins_.put_in(node, id);
     return arriving_ != 0;  // so that the disk works on the others meanwhile
 }
 
@@ -201,10 +204,10 @@ bool RouterHook::select(int layer, ggml::Tensor* top_k) {
 }
 
 bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
+    finish_waiting();
     served_layer_ = layer;
     batch_memory_.learn(top_k);
     staged_ = false;
-    arriving_ = 0;
     const int n_parts = store_.n_parts(layer);
     if (store_.settled(layer)) {
         count_hits(layer, top_k);
@@ -237,6 +240,13 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     }
     store_.wait(all_parts & ~arriving_);
     return true;
+}
+
+// What was computed with experts that came late, or never, is only now known to be right.
+void RouterHook::finish_waiting() {
+    if (arriving_ != 0) {
+        store_.wait(std::exchange(arriving_, 0));
+    }
 }
 
 // Where nothing has to be asked for. A request counts distinct experts, of which a batch can have no more than there
@@ -272,7 +282,32 @@ void RouterHook::look_ahead(int layer, int ahead, const ggml::Tensor* top_k) {
     if (told.empty() && routes_.predicts()) {
         return;  // random weights have nothing to say
     }
-    store_.expect(layer, look_ahead_.guess(layer, ahead, top_k, n_tokens, told));
+    std::vector<int32_t> experts = look_ahead_.guess(layer, ahead, top_k, n_tokens, told);
+    if (in_parallel() && store_.in_slots() && top_k->ne[1] == 1) {
+        expectations_.emplace_back(layer, std::move(experts));
+    } else {
+        store_.expect(layer, experts);
+    }
+}
+
+// Whether experts are still arriving when llama.cpp's threads begin to multiply.
+bool RouterHook::in_parallel() const { return store_.tuning().overlap && store_.n_lanes() > 1; }
+
+// What the calling thread can do while others compute already. In slots alone: elsewhere a failure could take memory
+// away from under them.
+std::function<void()> RouterHook::expect_later() {
+    if (expectations_.empty()) {
+        return nullptr;
+    }
+    return [this, expectations = std::exchange(expectations_, {})] {
+        try {
+            for (const auto& [layer, experts] : expectations) {
+                store_.expect(layer, experts);
+            }
+        } catch (const std::exception& error) {
+            fail(error.what());
+        }
+    };
 }
 
 void RouterHook::watch(const std::vector<int>& layers, bool outputs) {
@@ -291,6 +326,7 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
     staged_ = false;
     arriving_ = 0;
     served_layer_ = -1;
+    expectations_.clear();
     if (n_tokens != 1) {
         store_.repay();
     } else if (lent_bytes_ > 0 && store_.in_slots() && !store_.borrowing() && batch_memory_.give_back(lent_bytes_)) {
@@ -313,6 +349,7 @@ void RouterHook::fail(const std::string& what) {
 std::string RouterHook::take_failure() {
     // A resident model is computed without a single acquire, and its mapped pages can still be lost.
     try {
+        finish_waiting();
         store_.check_mapping();
     } catch (const SystemError& error) {
         fail(error.what());

@@ -13,8 +13,10 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "batch_memory.h"
@@ -28,6 +30,7 @@
 #include "router_trace.h"
 #include "skipping.h"
 #include "stand_ins.h"
+#include "token_products.h"
 
 namespace edgemoe {
 
@@ -39,7 +42,8 @@ class RouterHook {
           api_(api),
           skipping_(store),
           look_ahead_(store, buffer),
-          stand_ins_(store, buffer) {}
+          stand_ins_(store, buffer),
+          products_(store, api) {}
 
     static bool on_node(ggml::Tensor* node, bool ask, void* self);  // ggml_backend_sched_eval_callback
     static bool on_abort(void* self);                               // ggml_abort_callback
@@ -65,14 +69,17 @@ class RouterHook {
 
    private:
     bool before_node(ggml::Tensor* node);
-    bool before_experts(int layer, int part);
+    bool before_experts(ggml::Tensor* node, int id);
     bool after_node(ggml::Tensor* node);
     bool wants(const ggml::Tensor* node, Node is) const;
     bool select(int layer, ggml::Tensor* top_k);
     bool serve(int layer, const ggml::Tensor* top_k);
+    void finish_waiting();
     void count_hits(int layer, const ggml::Tensor* top_k) const;
     void complete(int layer, int64_t n_tokens);
     void look_ahead(int layer, int ahead, const ggml::Tensor* top_k);
+    bool in_parallel() const;
+    std::function<void()> expect_later();
     void read_table(const ggml::Tensor* node);
     void fail(const std::string& what);
 
@@ -85,14 +92,16 @@ class RouterHook {
     Skipping skipping_;
     LookAhead look_ahead_;
     StandIns stand_ins_;
+    TokenProducts products_;
     BatchMemory batch_memory_;
     uint64_t lent_bytes_ = 0;
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
     std::vector<int32_t> ids_, rows_;
-    int served_layer_ = -1;  // ids_ and the pinned slabs belong to this layer
+    std::vector<std::pair<int, std::vector<int32_t>>> expectations_;  // layers and experts the store was not told yet
+    int served_layer_ = -1;                                           // ids_ and the pinned slabs belong to this layer
     bool staged_ = false;    // the expert tensors of served_layer_ are acquired one by one
-    uint32_t arriving_ = 0;  // parts of served_layer_ that have to be waited for before they are used
+    uint32_t arriving_ = 0;  // parts of served_layer_ that have not been waited for
     std::atomic<bool> stop_{false};
     std::atomic<uint64_t> staged_layers_{0};
     std::mutex mutex_;

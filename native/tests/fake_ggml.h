@@ -1,12 +1,16 @@
 // As much of ggml as the native core can see: its functions, its loader's way with buffers, its scheduler's with nodes.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -28,9 +32,11 @@ using edgemoe::ggml::Tensor;
 constexpr int kF32 = 0;
 constexpr int kI32 = 26;
 constexpr int kI8 = 24;
+constexpr int kCoded = 25;  // bytes that are multiplied with codes of the input, each a byte
 constexpr int kOpView = 7;
 constexpr int kOpMulMatId = 31;
 constexpr int kOpGetRows = 40;
+constexpr int kOpCustom = 90;
 
 inline void set_name(Tensor* tensor, const std::string& name) {
     std::snprintf(tensor->name, sizeof(tensor->name), "%s", name.c_str());
@@ -40,7 +46,7 @@ inline Tensor make_tensor(int type, const std::string& name, std::vector<int64_t
     Tensor tensor{};
     tensor.type = type;
     ne.resize(4, 1);
-    tensor.nb[0] = type == kI8 ? 1 : 4;
+    tensor.nb[0] = type == kI8 || type == kCoded ? 1 : 4;
     for (size_t i = 0; i < 4; ++i) {
         tensor.ne[i] = ne[i];
         if (i > 0) {
@@ -59,6 +65,75 @@ inline const std::byte* selected(const Tensor& product, size_t token, size_t slo
     std::memcpy(&id, static_cast<const char*>(ids.data) + token * ids.nb[1] + slot * ids.nb[0], sizeof(id));
     CHECK(0 <= id && id < experts.ne[2]);
     return static_cast<const std::byte*>(experts.data) + static_cast<size_t>(id) * experts.nb[2];
+}
+
+// What the kernel of kI8 makes of a slab, whatever it is multiplied with: a number that a float holds.
+inline float checksum(const void* slab, size_t n) {
+    uint32_t sum = 2166136261;
+    for (size_t i = 0; i < n; ++i) {
+        sum = (sum ^ static_cast<const uint8_t*>(slab)[i]) * 16777619;
+    }
+    return static_cast<float>(sum >> 8);
+}
+
+// Whether a product that has been computed used this slab for the expert that was selected for a token as the slot-th.
+inline bool used(const Tensor& product, size_t token, size_t slot, const void* slab, size_t n) {
+    if (product.op == kOpMulMatId) {
+        return std::memcmp(selected(product, token, slot), slab, n) == 0;
+    }
+    CHECK_EQUAL(product.op, kOpCustom);
+    CHECK_EQUAL(token, 0U);
+    float result = -1;
+    std::memcpy(&result, static_cast<const char*>(product.data) + slot * product.nb[1], sizeof(result));
+    return result == checksum(slab, n);
+}
+
+// As many threads as ggml would have: each calls the operation.
+inline void compute_custom(Tensor* node, int n_threads = 2) {
+    edgemoe::ggml::CustomOp op{};
+    std::memcpy(&op, node->op_params, sizeof(op));
+    CHECK_EQUAL(op.n_tasks, edgemoe::ggml::kAllThreads);
+    std::vector<std::thread> threads;
+    for (int i = 1; i < n_threads; ++i) {
+        threads.emplace_back([&op, node, i, n_threads] { op.fun(node, i, n_threads, op.userdata); });
+    }
+    op.fun(node, 0, n_threads, op.userdata);
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+}
+
+inline std::atomic<int>& n_checksums() {
+    static std::atomic<int> n{0};
+    return n;
+}
+
+inline const edgemoe::ggml::TypeTraits* type_traits(int type) {
+    using edgemoe::ggml::TypeTraits;
+    static const TypeTraits of_floats{
+        nullptr,
+        [](int n, float* result, size_t, const void* x, size_t, const void* y, size_t, int) {
+            const auto *a = static_cast<const float*>(x), *b = static_cast<const float*>(y);
+            *result = std::inner_product(a, a + n, b, 0.0F);
+        },
+        kF32, 1};
+    static const TypeTraits of_slabs{nullptr,
+                                     [](int n, float* result, size_t, const void* x, size_t, const void*, size_t, int) {
+                                         *result = checksum(x, static_cast<size_t>(n));
+                                         ++n_checksums();
+                                     },
+                                     kF32, 1};
+    static const TypeTraits of_codes{
+        [](const float* from, void* to, int64_t n) {
+            std::transform(from, from + n, static_cast<uint8_t*>(to),
+                           [](float number) { return static_cast<uint8_t>(number); });
+        },
+        [](int n, float* result, size_t, const void* x, size_t, const void* y, size_t, int) {
+            const auto *a = static_cast<const uint8_t*>(x), *b = static_cast<const uint8_t*>(y);
+            *result = static_cast<float>(std::inner_product(a, a + n, b, 0));
+        },
+        kCoded, 1};
+    return type == kI8 ? &of_slabs : type == kCoded ? &of_codes : &of_floats;
 }
 
 // A context owns its tensors, as ggml's does.
@@ -99,6 +174,17 @@ inline Api make_api() {
         found.src[0] = table;
         found.src[1] = rows;
         return &open_context()->emplace_back(found);
+    };
+    api.row_size = [](int type, int64_t n) { return make_tensor(type, "", {n}).nb[1]; };
+    api.type_traits = type_traits;
+    api.custom_4d = [](Context*, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, Tensor** args,
+                       int n_args, decltype(edgemoe::ggml::CustomOp::fun) fun, int n_tasks, void* userdata) {
+        Tensor result = make_tensor(type, "", {ne0, ne1, ne2, ne3});
+        result.op = kOpCustom;
+        std::copy(args, args + n_args, result.src);
+        const edgemoe::ggml::CustomOp op{fun, n_tasks, userdata};
+        std::memcpy(result.op_params, &op, sizeof(op));
+        return &open_context()->emplace_back(result);
     };
     api.set_name = [](Tensor* tensor, const char* name) {
         set_name(tensor, name);
@@ -181,6 +267,9 @@ class Graph {
             }
             ++n_pieces;
             for (size_t i = first; i <= last; ++i) {
+                if (nodes_[i].op == kOpCustom) {
+                    compute_custom(&nodes_[i]);
+                }
                 if (computes_[i]) {
                     computes_[i](&nodes_[i]);
                 }

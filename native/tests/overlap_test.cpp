@@ -34,13 +34,13 @@ TinyModel deep_model(const std::vector<int>& with_experts = {0, 1, 2}) {
 }
 uint64_t room_for(uint64_t n_experts) { return n_experts * 3 * 3 * page_size(); }  // of three parts, odd pages included
 
-// One expert of one layer, whose parts come when the disk lets them; all of them have begun.
+// One expert of one layer, which all tokens chose. Its parts come when the disk lets them; all of them have begun.
 class OneExpert {
    public:
-    explicit OneExpert(Tuning tuning = {}) : model_(deep_model()), running(model_, Io::pread, room_for(6), tuning, 8) {
-        ids_.resize(kExperts, 1000);
-        ids_[0] = 3;
-        top_k = make_tensor(fake_ggml::kI32, "ffn_moe_topk-0", {1, 1});
+    explicit OneExpert(Tuning tuning = {}, int64_t n_tokens = 2)
+        : model_(deep_model()), running(model_, Io::pread, room_for(6), tuning, 8) {
+        ids_.assign(static_cast<size_t>(n_tokens), 3);
+        top_k = make_tensor(fake_ggml::kI32, "ffn_moe_topk-0", {1, n_tokens});
         top_k.data = ids_.data();
         for (size_t part = 0; part < 3; ++part) {
             const edgemoe::TensorSpec& spec = model_.tensors[model_.id_of(0, part)];
@@ -48,7 +48,9 @@ class OneExpert {
             Tensor product = make_tensor(fake_ggml::kF32, "ffn_moe_up-0", {1, 1, 1});
             product.op = fake_ggml::kOpMulMatId;
             product.src[0] = &running.loaded->tensors[model_.id_of(0, part)];
+            product.src[1] = part == 2 ? &activations_ : &input_;
             product.src[2] = &top_k;
+            product.data = &results_[part];
             products.push_back(product);
         }
         disk.forget();
@@ -65,14 +67,16 @@ class OneExpert {
     bool done(Tensor& node) { return RouterHook::on_node(&node, false, running.hook.get()); }
     bool holds(size_t part) const {
         const uint64_t n = model_.slab_bytes(0, part);
-        return std::memcmp(fake_ggml::selected(products[part], 0, 0), model_.bytes_of(model_.id_of(0, part)) + 3 * n,
-                           n) == 0;
+        return fake_ggml::used(products[part], 0, 0, model_.bytes_of(model_.id_of(0, part)) + 3 * n, n);
     }
 
    private:
     WithHeldDisk with_;
     const TinyModel model_;
     Ids ids_;
+    float results_[3]{};
+    Tensor input_ = make_tensor(fake_ggml::kF32, "ffn_norm", {1});
+    Tensor activations_ = make_tensor(fake_ggml::kF32, "ffn_moe_swiglu", {1});
 
    public:
     HeldDisk& disk = with_.disk;
@@ -228,6 +232,72 @@ TEST(interrupted_between_two_parts) {
     one.running.hook->begin();
     CHECK(graph.run(*one.running.hook));
     CHECK_EQUAL(one.running.hook->take_failure(), "");
+    CHECK_EQUAL(layer.n_products, 3);
+}
+
+// One token's threads wait themselves, and what of the expert they find there first does not hold up the rest.
+TEST(one_tokens_products_wait_within) {
+    OneExpert one({}, 1);
+    Running& running = one.running;
+    CHECK(one.ask(one.top_k) && one.done(one.top_k));
+    for (const size_t part : {0U, 1U, 2U}) {
+        CHECK(!one.ask(one.products[part]));  // nothing stops the graph here
+    }
+    CHECK_EQUAL(running.store->arriving_parts(), 7U);
+    const int before = fake_ggml::n_checksums();
+    std::thread gate_and_up([&one] { fake_ggml::compute_custom(&one.products[0], 3); });
+    one.disk.let_go({one.at[1]});
+    while (fake_ggml::n_checksums() == before) {
+        std::this_thread::yield();
+    }
+    CHECK(running.store->arriving(static_cast<int>(running.model_.id_of(0, 0)), 3));
+    one.disk.let_go({one.at[0]});
+    gate_and_up.join();
+    CHECK(one.holds(0) && one.holds(1));
+    one.disk.let_go();
+    fake_ggml::compute_custom(&one.products[1]);  // was computed with the first
+    fake_ggml::compute_custom(&one.products[2]);
+    CHECK(one.holds(2));
+    CHECK_EQUAL(running.hook->take_failure(), "");
+    CHECK(running.store->stats().read_ns > 0);
+}
+
+TEST(part_that_fails_is_known_when_the_token_is_asked_for) {
+    OneExpert one({}, 1);
+    one.disk.fail([at = one.at[1]](const HeldDisk::Read& read) { return read.offset == at; });
+    CHECK(one.ask(one.top_k) && one.done(one.top_k));
+    for (const size_t part : {0U, 1U, 2U}) {
+        CHECK(!one.ask(one.products[part]));
+    }
+    one.disk.let_go();
+    for (const size_t part : {0U, 1U, 2U}) {
+        fake_ggml::compute_custom(&one.products[part]);
+    }
+    CHECK(one.holds(0) && !one.holds(1) && one.holds(2));
+    CHECK(one.running.hook->take_failure().find("reading") != std::string::npos);
+    one.disk.recover();
+    one.running.hook->begin();
+    CHECK(one.ask(one.top_k) && one.done(one.top_k));
+    for (const size_t part : {0U, 1U, 2U}) {
+        CHECK(!one.ask(one.products[part]));
+        CHECK_EQUAL(one.products[part].op, fake_ggml::kOpCustom);
+    }
+    for (const size_t part : {0U, 1U, 2U}) {
+        fake_ggml::compute_custom(&one.products[part]);
+        CHECK(one.holds(part));
+    }
+    CHECK_EQUAL(one.running.hook->take_failure(), "");
+}
+
+TEST(with_one_lane_nobody_else_would_read) {
+    const TinyModel model = deep_model();
+    Running running(model, Io::pread, room_for(6), {}, 1);
+    RoutedLayer layer(1, 1, Routing::softmax, 4);
+    Graph graph;
+    layer.add_to(running, graph);
+    running.hook->begin();
+    CHECK(graph.run(*running.hook));
+    CHECK_EQUAL(running.hook->take_failure(), "");
     CHECK_EQUAL(layer.n_products, 3);
 }
 

@@ -92,6 +92,7 @@ class RoutedLayer {
             Tensor product = node(part == 2 ? "ffn_moe_down" : "ffn_moe_up", {kEmbd, kUsed, tokens}, answers_[part]);
             product.op = fake_ggml::kOpMulMatId;
             product.src[0] = &running.loaded->tensors[running.model_.id_of(layer, part)];
+            product.src[1] = part == 2 ? &activations_ : &input_;
             product.src[2] = top_k;
             down = graph.add(product, [this, part, &running](Tensor* tensor) { multiply(running, *tensor, part); });
         }
@@ -223,8 +224,8 @@ class RoutedLayer {
         for (size_t token = 0; token < n_tokens; ++token) {
             for (size_t slot = 0; slot < kUsed; ++slot) {
                 const auto at = static_cast<uint64_t>(ranking_[token * kExperts + slot]) * n;
-                CHECK(std::memcmp(fake_ggml::selected(product, token, slot),
-                                  running.model_.bytes_of(running.model_.id_of(layer, part)) + at, n) == 0);
+                CHECK(fake_ggml::used(product, token, slot,
+                                      running.model_.bytes_of(running.model_.id_of(layer, part)) + at, n));
             }
         }
         answers_[part] = outputs;
@@ -234,4 +235,6 @@ class RoutedLayer {
     std::vector<float> stream_, logits_, probs_, selection_, weights_, inputs_, answers_[3];
     std::vector<int32_t> ranking_;
     Tensor bias_{}, weights_tensor_{}, repeated_{};
+    Tensor input_ = fake_ggml::make_tensor(fake_ggml::kF32, "ffn_norm", {1});
+    Tensor activations_ = fake_ggml::make_tensor(fake_ggml::kF32, "ffn_moe_swiglu", {1});
 };

@@ -209,6 +209,7 @@ TEST(resident_model_is_not_stopped_but_counted) {
     for (const int layer : {0, 2}) {
         CHECK(run_once(running, layer, {0, 1, 2, 3, 4, 5, 6, 7}));
     }
+    CHECK_EQUAL(running.hook->take_failure(), "");
     CHECK(running.store->settled(0) && running.store->settled(2));
     const uint64_t before = running.store->stats().hits;
     Graph graph;
@@ -237,6 +238,7 @@ TEST(long_batch_has_whole_layers_read_where_everything_fits) {
         if (n_resident == kExperts) {  // all of it is what the file says, and nothing has to be read for it
             const uint64_t before = running.store->stats().misses;
             CHECK(run_once(running, 2, {0, 1, 2, 3, 4, 5, 6, 7}));
+            CHECK_EQUAL(running.hook->take_failure(), "");
             CHECK_EQUAL(running.store->stats().misses, before);
             CHECK(running.store->settled(2));
         }
@@ -396,8 +398,8 @@ TEST(mapping_lost_after_the_last_read_is_told) {
     for (const int layer : {0, 2}) {
         CHECK(run_once(running, layer, {0, 1, 2, 3, 4, 5, 6, 7}));
     }
-    CHECK(running.store->settled(0) && running.store->settled(2));
     CHECK_EQUAL(running.hook->take_failure(), "");
+    CHECK(running.store->settled(0) && running.store->settled(2));
     model.files.front()->overwrite(0, random_bytes(10, 3));
     Graph graph;
     graph.add(make_tensor(fake_ggml::kF32, "no experts at all", {1}));
