@@ -93,7 +93,14 @@ std::byte* ExpertStore::place(int id, std::byte* region) {
 }
 
 void ExpertStore::use_slots(uint64_t spared_bytes, uint64_t lent_bytes) {
-    if (!all_fit_ && io_ != Io::mmap && tuning_.recycle && resident_bytes_ == 0 && !slots_.laid_out()) {
+    if (io_ == Io::mmap || resident_bytes_ > 0 || slots_.laid_out()) {
+        return;
+    }
+    if (all_fit_) {
+        for (const Tensor& tensor : slabs_.tensors()) {
+            use_huge_pages(tensor.data, tensor.data == nullptr || tensor.spec.n_expert == 0 ? 0 : tensor.spec.n_bytes);
+        }
+    } else if (tuning_.recycle) {
         slots_.lay_out(slabs_, arena_bytes_ + spared_bytes, lent_bytes);
     }
 }

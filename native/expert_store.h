@@ -15,7 +15,7 @@
 // - The pages of all resident slabs never exceed the arena; `fits` says beforehand whether a request can be met. Slots
 //   may be lent more.
 // - A slab is at its place or, after `use_slots`, where `slots_of` and `slot` say, until it leaves.
-// - One thread calls all of these at a time. `stats` may be read from any thread at any time.
+// - One thread calls all of these at a time, but for `await`. `stats` may be read from any thread at any time.
 // - Direct, mmap and pread give identical bytes; they differ in speed and in what the page cache sees.
 // - The destructor joins all threads. The memory itself belongs to the buffer that placed the tensors.
 #pragma once
@@ -95,9 +95,9 @@ class ExpertStore {
     void read_dense(int id, std::byte* to);                             // blocking; for tensors that are not experts
     void read_rows(int id, const std::vector<int32_t>& rows);           // blocking; of a table that is read by rows
     void watch(std::byte* base, uint64_t n) { guard_.watch(base, n); }  // the range that holds mapped places
-    // Once all is placed, and before anything is asked for: where not all experts fit, have them in slots instead of at
-    // their places, if they can be (Slots). Then the arena has `spared_bytes` more, those of page tables that places
-    // would take, and `lent_bytes` between `borrow` and `repay`.
+    // Once all is placed, and before anything is asked for: where all experts fit, have huge pages for them; else have
+    // them in slots instead of at their places, if they can be (Slots). Then the arena has `spared_bytes` more, those
+    // of page tables that places would take, and `lent_bytes` between `borrow` and `repay`.
     void use_slots(uint64_t spared_bytes = 0, uint64_t lent_bytes = 0);
     bool in_slots() const { return slots_.laid_out(); }
     void borrow() { slots_.borrow(); }

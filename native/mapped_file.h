@@ -71,7 +71,8 @@ void reserve_over(std::byte* base, size_t n);
 // Small pages only: a huge page would commit its neighbours' memory too.
 void use_small_pages(std::byte* base, size_t n);
 
-// Huge pages where the system has them to spare. [base, base + n) may then be committed whole as soon as it is used.
+// Huge pages where the system has them to spare and they lie wholly in [base, base + n). One is committed whole as soon
+// as any of it is used.
 void use_huge_pages(std::byte* base, size_t n);
 
 // Gives the anonymous pages of [base, base + n) back; whole pages only. They read as zero afterwards.

@@ -349,7 +349,9 @@ void RouterHook::fail(const std::string& what) {
 std::string RouterHook::take_failure() {
     // A resident model is computed without a single acquire, and its mapped pages can still be lost.
     try {
-        finish_waiting();
+        if (!stop_) {
+            finish_waiting();
+        }
         store_.check_mapping();
     } catch (const SystemError& error) {
         fail(error.what());

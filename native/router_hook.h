@@ -2,8 +2,9 @@
 //
 // llama.cpp calls it for every node of the graph (llama_context_params.cb_eval). A layer's node `ffn_moe_topk-<layer>`
 // holds the selected ids; the computation stops there for a moment. Usually all the selected experts' slabs are then
-// acquired at once. When a prompt batch selects more than the arena holds, the hook instead acquires each expert
-// tensor's share right before the MUL_MAT_ID that needs it.
+// asked for at once; one token's products wait for theirs themselves (TokenProducts), a batch's are stopped for. When a
+// batch selects more than the arena holds, the hook instead acquires each expert tensor's share right before the
+// MUL_MAT_ID that needs it.
 //
 // On the way it can record what the routers say (`trace`), limit what they may choose (`mask`), and end a graph early:
 // a prompt's first router answers before any expert is read. Where low-weight misses may be skipped, experts are

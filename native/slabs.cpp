@@ -98,6 +98,7 @@ std::byte* Slabs::place(int id, std::byte* region) {
     const auto start = static_cast<uintptr_t>(page_ceil(reinterpret_cast<uintptr_t>(region)));
     std::byte* data = reinterpret_cast<std::byte*>(start + spec.offset % page_size());
     if (spec.n_expert == 0 && spec.row_bytes == 0) {
+        use_huge_pages(data, spec.n_bytes);  // all of it is read now, and used by each token
         return data;
     }
     tensor.data = data;

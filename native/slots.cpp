@@ -49,11 +49,8 @@ void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes, uint64_t lent_byte
             part.memory = reserve_memory(n + kHugePage);
             part.first = next_huge_page(part.memory);
             // None reaches beyond the last slot, or from the own ones to those that are borrowed.
-            use_huge_pages(part.first, own / kHugePage * kHugePage);
-            std::byte* const borrowed = next_huge_page(part.first + own);
-            if (borrowed < part.first + n) {
-                use_huge_pages(borrowed, static_cast<uint64_t>(part.first + n - borrowed) / kHugePage * kHugePage);
-            }
+            use_huge_pages(part.first, own);
+            use_huge_pages(part.first + own, n - own);
         }
         kind.free.resize(kind.n_own);
         std::iota(kind.free.rbegin(), kind.free.rend(), 0);  // the first is taken first

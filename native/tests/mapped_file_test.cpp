@@ -278,6 +278,24 @@ TEST(small_pages_are_asked_of_the_kernel) {
     CHECK(areas.front().find(" nh") != std::string::npos);
 }
 
+TEST(huge_pages_lie_wholly_within) {
+    if (::access("/sys/kernel/mm/transparent_hugepage/enabled", R_OK) != 0) {
+        throw check::Skipped("a kernel without transparent huge pages");
+    }
+    constexpr size_t kHuge = size_t{2} << 20;
+    const Reserved place(5 * kHuge / page_size());
+    std::byte* const first = place.base + (kHuge - reinterpret_cast<uintptr_t>(place.base) % kHuge) % kHuge;
+    edgemoe::use_huge_pages(first + page_size(), kHuge - page_size());  // none
+    CHECK_EQUAL(memory_areas(place.base, place.size).size(), 1U);
+    edgemoe::use_huge_pages(first + kHuge - page_size(), 2 * kHuge);
+    const std::vector<std::string> areas = memory_areas(first + kHuge, kHuge);
+    CHECK_EQUAL(areas.size(), 1U);
+    CHECK(areas.front().find(" hg") != std::string::npos);
+    for (std::byte* const other : {first + kHuge - page_size(), first + 2 * kHuge}) {
+        CHECK(memory_areas(other, page_size()).front().find(" hg") == std::string::npos);
+    }
+}
+
 TEST(reserving_the_impossible_is_refused) {
     CHECK_REFUSED(edgemoe::reserve_memory(size_t{1} << 62), std::to_string(size_t{1} << 62));
 }
