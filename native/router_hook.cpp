@@ -74,9 +74,13 @@ bool RouterHook::before_experts(ggml::Tensor* node, int id) {
         store_.acquire(layer, bit, ids_);
         return true;
     }
+    std::function<void()> expect = expect_later();
     if (in_parallel() && products_.suit(node)) {
-        products_.put_in(id, expect_later());
+        products_.put_in(id, std::move(expect));
         return false;
+    }
+    if (expect != nullptr) {
+        expect();
     }
     if ((arriving_ & bit) != 0) {
         store_.wait(bit);

@@ -90,7 +90,7 @@ enum class Told { nothing, truth, falsehood };
 
 // Prompt batches and decoded tokens on given routes: each product compares what it reads with the file.
 StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told,
-                         const std::vector<int>& with_experts = {0, 1, 2}) {
+                         const std::vector<int>& with_experts = {0, 1, 2}, bool long_rows = false) {
     const TinyModel model = deep_model(with_experts);
     Running running(model, io, arena_bytes, tuning);
     std::mt19937 random(3);
@@ -116,6 +116,9 @@ StoreStats follow_routes(Io io, uint64_t arena_bytes, Tuning tuning, Told told,
         for (const int layer : with_experts) {
             // The last one for the last token alone.
             layers.emplace_back(layer, layer == with_experts.back() ? 1 : n, Routing::softmax, batch * 10);
+            if (long_rows) {
+                layers.back().lengthen_rows();
+            }
             layers.back().add_to(running, graph);
         }
         running.hook->begin();
@@ -327,6 +330,14 @@ TEST(right_predictions_hide_the_next_layers_reads) {
     CHECK_EQUAL(told.wasted_bytes, 0U);
     tuning.look_ahead = false;
     CHECK_EQUAL(follow_routes(Io::pread, room_for(10), tuning, Told::truth).expected_bytes, 0U);
+}
+
+TEST(what_keeps_its_mul_mat_ids_is_read_ahead_as_well) {
+    const WithHeldDisk nothing_held;
+    const StoreStats untold = follow_routes(Io::pread, room_for(10), {}, Told::nothing, {0, 1, 2}, true);
+    const StoreStats told = follow_routes(Io::pread, room_for(10), {}, Told::truth, {0, 1, 2}, true);
+    CHECK(told.hits > untold.hits);
+    CHECK_EQUAL(told.wasted_bytes, 0U);
 }
 
 TEST(layers_without_experts_are_no_layers_ahead) {

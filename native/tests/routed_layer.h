@@ -41,6 +41,13 @@ class RoutedLayer {
         fill(outputs, n_tokens * kUsed * kEmbd);
     }
 
+    // Too long for TokenProducts: the layer keeps its MUL_MAT_IDs.
+    void lengthen_rows() {
+        for (Tensor* input : {&input_, &activations_}) {
+            *input = fake_ggml::make_tensor(fake_ggml::kI32, input->name, {1 << 20});
+        }
+    }
+
     void add_to(Running& running, fake_ggml::Graph& graph) {
         const auto tokens = static_cast<int64_t>(n_tokens);
         const auto node = [&](const std::string& name, std::vector<int64_t> ne, std::vector<float>& memory) {
