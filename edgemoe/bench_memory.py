@@ -7,12 +7,13 @@ then, where touching what was free a moment ago takes 0.1. Which arm pays for th
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 from collections.abc import Callable
 
 import numpy as np
+
+from edgemoe.disk import huge_memory
 
 __all__ = ["HeldMemory"]
 
@@ -37,10 +38,7 @@ class HeldMemory:
         self._n_bytes = n_bytes
         self._taken = taken
         self._held = max(0, n_bytes - _AHEAD) // _STEP * _STEP
-        self._memory = mmap.mmap(-1, max(self._held, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel built without them
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = huge_memory(max(self._held, mmap.PAGESIZE))
         for start in range(0, self._held, _STEP):
             np.frombuffer(self._memory, np.uint8, _STEP, start)[:: mmap.PAGESIZE] = 1
         self._done = threading.Event()

@@ -25,7 +25,7 @@ import platformdirs
 from edgemoe.atomic_file import atomic_file
 from edgemoe.errors import ModelFileError, StoreError
 
-__all__ = ["DiskSpeed", "bandwidth", "disk_of", "probe", "unmeasured"]
+__all__ = ["DiskSpeed", "bandwidth", "disk_of", "huge_memory", "probe", "unmeasured"]
 
 LANES = (8, 16, 4, 2, 1)
 READ_BYTES = (1 << 20, 256 << 10, 4 << 20)
@@ -165,6 +165,15 @@ def bandwidth(path: str | os.PathLike[str], lanes: int, read_bytes: int, seconds
         os.close(file)
 
 
+def huge_memory(n_bytes: int) -> mmap.mmap:
+    """Reserve anonymous memory of this process, in huge pages where there are any; it is taken as it is touched."""
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
 @contextlib.contextmanager
 def _buffers(n: int, n_bytes: int) -> Iterator[list[memoryview]]:
     """Give so many buffers of whole pages, in huge pages where there are any.
@@ -172,10 +181,7 @@ def _buffers(n: int, n_bytes: int) -> Iterator[list[memoryview]]:
     As the experts' slots are: reads to scattered small pages may take three times as long.
     """
     n_whole = -(-n * n_bytes // HUGE_PAGE) * HUGE_PAGE
-    pages = mmap.mmap(-1, n_whole + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = huge_memory(n_whole + HUGE_PAGE)
     first = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % HUGE_PAGE
     for at in range(first, first + n_whole, mmap.PAGESIZE):
         pages[at] = 0  # lest the first reads be charged for the memory

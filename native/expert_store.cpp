@@ -98,7 +98,9 @@ void ExpertStore::use_slots(uint64_t spared_bytes, uint64_t lent_bytes) {
     }
     if (all_fit_) {
         for (const Tensor& tensor : slabs_.tensors()) {
-            use_huge_pages(tensor.data, tensor.data == nullptr || tensor.spec.n_expert == 0 ? 0 : tensor.spec.n_bytes);
+            if (tensor.data != nullptr && tensor.spec.n_expert > 0) {
+                use_huge_pages(tensor.data, tensor.spec.n_bytes);
+            }
         }
     } else if (tuning_.recycle) {
         slots_.lay_out(slabs_, arena_bytes_ + spared_bytes, lent_bytes);

@@ -235,13 +235,16 @@ void use_small_pages(std::byte* base, size_t n) {
 #endif
 }
 
+std::byte* next_huge_page(std::byte* from) {
+    const auto at = reinterpret_cast<uintptr_t>(from);
+    return reinterpret_cast<std::byte*>((at + kHugePage - 1) / kHugePage * kHugePage);
+}
+
 void use_huge_pages(std::byte* base, size_t n) {
 #if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kHugePage = uintptr_t{2} << 20;  // on x86-64 and most of aarch64; others are not aligned so
-    const auto start = reinterpret_cast<uintptr_t>(base);
-    const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = (start + n) / kHugePage * kHugePage;
-    if (first < last) {
-        ::madvise(reinterpret_cast<std::byte*>(first), last - first, MADV_HUGEPAGE);
+    std::byte* const first = next_huge_page(base);
+    if (first < base + n) {
+        ::madvise(first, static_cast<size_t>(base + n - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
     }
 #else
     static_cast<void>(base);

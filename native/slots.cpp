@@ -7,13 +7,7 @@ namespace edgemoe {
 
 namespace {
 
-constexpr uint64_t kHugePage = uint64_t{2} << 20;
 constexpr uint64_t kMostBeyond = 8;  // their shares: one part in so many of the arena
-
-std::byte* next_huge_page(std::byte* memory) {
-    const auto at = reinterpret_cast<uintptr_t>(memory);
-    return reinterpret_cast<std::byte*>((at + kHugePage - 1) / kHugePage * kHugePage);
-}
 
 }  // namespace
 
