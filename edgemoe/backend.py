@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import jinja2
 
@@ -359,8 +359,10 @@ class Llama(ServedLlama):
         return self.plan.n_ctx
 
     def interrupt(self) -> None:
-        """Stop the running evaluation from another thread; it raises KeyboardInterrupt there."""
-        self.store.session.interrupt()
+        """Stop the evaluation or the answer under way, from any thread; KeyboardInterrupt comes up where it runs."""
+        with self._use.held():
+            self._use.interrupt()
+            self.store.session.interrupt()
 
     def close(self) -> None:
         """Free the model, then the store, when other threads are done with what they are in. May be called twice.
@@ -390,8 +392,9 @@ class Llama(ServedLlama):
         return state | self._given | {"skip_mass": self._skip_mass}
 
 
-def _check_skip_mass(mass: float) -> None:
-    if not 0 <= mass <= MOST_SKIPPED:
+def _check_skip_mass(mass: object) -> None:
+    if not (isinstance(mass, SupportsFloat) and 0 <= float(mass) <= MOST_SKIPPED):
         raise BackendError(
-            f"a skip mass of {mass} is no share of the router's weights that can be left out; give 0 to {MOST_SKIPPED}"
+            f"a skip mass of {mass!r} is no share of the router's weights that can be left out;"
+            f" give 0 to {MOST_SKIPPED}"
         )

@@ -172,7 +172,8 @@ def run_bench(
     workload, index = make_workload(routing, index, settings, n_prompt, n_decode, recall)
     if workload.routes is None and {"auto", "task"} & set(arms):
         raise TraceError(f"{model} does not show its routes, which auto and task need; give --arms mmap,plain,all")
-    settings = replace(settings, n_expert_used=workload.routes.n_used if workload.forced and workload.routes else None)
+    n_used = workload.routes.n_used if workload.forced and workload.routes else None
+    settings = replace(settings, n_expert_used=n_used, forced_bytes=workload.forced_bytes)
     whole = ask_plan(settings)
     cells = [_cell(text, ram, index, settings, whole) for text, ram in zip(budgets, wanted, strict=True)]
     about = describe(model)  # nothing that may fail is left for when hours of measurements are done

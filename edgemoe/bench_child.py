@@ -26,6 +26,7 @@ from edgemoe.memory import current_rss, peak_rss
 # The rest of edgemoe is imported where it is used: loading plain llama.cpp should not take longer for it.
 if TYPE_CHECKING:
     from edgemoe.backend import Llama
+    from edgemoe.plan import ExpertPlan, PlanLine
     from edgemoe.routes import Ids
     from edgemoe.store import RouteForcer
     from edgemoe.trace import RouterTrace
@@ -40,7 +41,6 @@ _BYTES_PER_TOKEN = 16
 def open_edgemoe(settings: Settings, **changes: Any) -> Llama:
     """Open a model with edgemoe, as the settings say."""
     from edgemoe.backend import Llama
-    from edgemoe.plan import PlanLine
     from edgemoe.store import Tuning
 
     tunings = {
@@ -50,10 +50,17 @@ def open_edgemoe(settings: Settings, **changes: Any) -> Llama:
         "lru": Tuning(forecast=False),
     }
     changes["tuning"] = tunings[settings.tuning]
-    if settings.forced_bytes:
-        changes["reserved"] = [PlanLine("forced routes", settings.forced_bytes, "where tokens are routed to")]
+    changes["reserved"] = _reserved(settings)
     ram = "auto" if settings.ram is None else settings.ram
     return Llama(settings.model, ram=ram, io=settings.io, **_shared(settings), **changes)
+
+
+def _reserved(settings: Settings) -> list[PlanLine]:
+    from edgemoe.plan import PlanLine
+
+    if not settings.forced_bytes:
+        return []
+    return [PlanLine("forced routes", settings.forced_bytes, "where tokens are routed to")]
 
 
 def open_plain(settings: Settings, forcer: RouteForcer | None = None) -> Any:
@@ -227,10 +234,14 @@ def _plan(settings: Settings) -> dict[str, int]:
     index = read_index(settings.model)
     if settings.n_expert_used is not None:
         index = replace(index, n_expert_used=(settings.n_expert_used,) * index.n_layer)
-    huge = plan_for(index, _HUGE, settings.n_ctx, settings.n_ubatch, {})
+
+    def plan_within(ram: int) -> ExpertPlan:
+        return plan_for(index, ram, settings.n_ctx, settings.n_ubatch, {}, _reserved(settings))
+
+    huge = plan_within(_HUGE)
     planned = huge.budget.bytes - huge.bytes_of("headroom") - huge.bytes_of("left free")
     everything = planned + headroom_of(2 * planned)
-    plan = plan_for(index, everything if settings.ram is None else settings.ram, settings.n_ctx, settings.n_ubatch, {})
+    plan = plan_within(everything if settings.ram is None else settings.ram)
     return {
         "floor": plan.floor_budget,
         "everything": everything,

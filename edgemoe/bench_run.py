@@ -57,6 +57,14 @@ class Workload:
     forced: bool
     predicted: Ids | None = None
 
+    @property
+    def forced_bytes(self) -> int:
+        """Memory that forced routes take in the child: as they are read, and as the native core holds them."""
+        if not self.forced or self.routes is None:
+            return 0
+        ids = self.routes.prompt.nbytes + self.routes.decode.nbytes
+        return 3 * (ids + (0 if self.predicted is None else self.predicted.nbytes))
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -167,7 +175,7 @@ def run_arm(arm: str, cell: Cell, workload: Workload, opponent: Settings | None,
         assert opponent is not None
         settings = opponent
     tuning = arm if arm in ("plain", "blind", "lru") else "all"
-    settings = replace(settings, tuning=tuning, forced_bytes=_forced_bytes(workload))
+    settings = replace(settings, tuning=tuning)
     cool(cell.index)
     with _machine_of(cell) as group:
         wrap: Callable[[Sequence[str]], list[str]] = list if group is None else group.command
@@ -192,8 +200,7 @@ def resident_run(cell: Cell, workload: Workload, scratch: Path) -> Run:
         When the process ends early.
     """
     run = Run("resident")
-    settings = replace(cell.settings.within(cell.everything), forced_bytes=_forced_bytes(workload))
-    with Arm(EDGEMOE, settings, patience=PATIENCE) as child:
+    with Arm(EDGEMOE, cell.settings.within(cell.everything), patience=PATIENCE) as child:
         _measure(Run("resident"), child, cell, workload, scratch)
         _measure(run, child, cell, workload, scratch)
     return run
@@ -216,14 +223,6 @@ def _machine_of(cell: Cell) -> Iterator[MemoryCgroup | None]:
             wanted = min(cell.limit, cell.everything, machine().available)
             stack.enter_context(HeldMemory(wanted, group.used))
         yield group
-
-
-def _forced_bytes(workload: Workload) -> int:
-    """Memory that routes take in the child, bytes: as they are read, and as the native core holds them."""
-    if not workload.forced or workload.routes is None:
-        return 0
-    ids = workload.routes.prompt.nbytes + workload.routes.decode.nbytes
-    return 3 * (ids + (0 if workload.predicted is None else workload.predicted.nbytes))
 
 
 def _measure(run: Run, child: Arm, cell: Cell, workload: Workload, scratch: Path) -> None:

@@ -35,6 +35,21 @@ class Use:
         self._answer: object | None = None  # the latest, while it is unfinished
         self._thread = 0  # whose that is
         self._closed = False
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """Have what computes, or the answer that is unfinished, end with its next batch at the latest."""
+        with self._lock:
+            self._interrupted = self._under_way()
+
+    def take_interrupt(self) -> bool:
+        """Whether `interrupt` was called and nobody has asked since."""
+        with self._lock:
+            interrupted, self._interrupted = self._interrupted, False
+            return interrupted
+
+    def _under_way(self) -> bool:
+        return bool(self._computing) or self._answer is not None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -82,7 +97,9 @@ class Use:
                     self._computing.add(use)
                 yield
             finally:
-                self._computing.discard(use)
+                with self._lock:
+                    self._computing.discard(use)
+                    self._interrupted = self._interrupted and self._under_way()
 
     def answer(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         """Take steps that compute, and keep other threads out in between; any thread may take the next one.
@@ -110,8 +127,10 @@ class Use:
                         return
                 sent = yield piece
         finally:
-            if self._answer is answer:
-                self._answer = None
+            with self._lock:
+                if self._answer is answer:
+                    self._answer = None
+                self._interrupted = self._interrupted and self._under_way()
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -304,6 +323,9 @@ class _Context(internals.LlamaContext):
         if self.params.n_outputs_max == 1 and sum(batch.batch.logits[i] for i in range(n_tokens)) > 1:
             raise BackendError("logits of more than one token were asked for; open the model with logits_all=True")
         session.begin(batch.batch.pos[0], n_tokens)
+        # `begin` forgets what came between two batches.
+        if self._use.take_interrupt():
+            raise KeyboardInterrupt
         with in_llama_cpp(self.verbose, session.interrupt) as errors:
             try:
                 with _interruptible(self._store):
@@ -311,6 +333,7 @@ class _Context(internals.LlamaContext):
             except RuntimeError as error:
                 self._store.raise_failure()
                 if session.interrupted():
+                    self._use.take_interrupt()
                     raise KeyboardInterrupt from None
                 reason = "; ".join([str(error), *errors])
                 raise BackendError(
@@ -319,6 +342,7 @@ class _Context(internals.LlamaContext):
         self._store.raise_failure()
         # Stopped after llama.cpp's last look at the flag: it reports success for a graph that was cut short.
         if session.interrupted():
+            self._use.take_interrupt()
             raise KeyboardInterrupt
         self._tap.drain()
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,7 +298,6 @@ def test_after_a_failure_the_same_model_can_go_on(ours: Llama, monkeypatch: pyte
 
     def fail_once(batch: Any) -> None:
         monkeypatch.setattr(ours._ctx, "decode", failing)
-        threading.Timer(0.0, ours.interrupt).start()
         ours.interrupt()
         raise StoreError("the disk is on fire")
 

@@ -119,6 +119,9 @@ def test_plans() -> None:
     assert 0 < plan["arena"] < read_index(TINY_MOE).expert_bytes and plan["n_ubatch"] == 64
     # Fewer experts for each token take fewer bytes at the floor.
     assert ask_plan(replace(SETTINGS, n_expert_used=1))["floor"] < plan["floor"]
+    # Routes that will be forced take their memory from the experts.
+    forced = ask_plan(replace(SETTINGS, forced_bytes=MIB))
+    assert forced["arena"] == pytest.approx(ask_plan(SETTINGS)["arena"] - MIB, abs=MIB // 10)
 
 
 def test_a_plan_that_cannot_be_kept() -> None:

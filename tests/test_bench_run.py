@@ -20,15 +20,23 @@ N_PROMPT, N_DECODE = 24, 20
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, Workload]:
     model = coolable_model(tmp_path_factory.mktemp("model"))
     settings = Settings(str(model), N_PROMPT + N_DECODE, n_ubatch=44, n_threads=1, ram=96 * MIB)
-    return Cell("96MiB", read_index(model), settings, 96 * MIB, 20 * MIB, 130 * MIB)
+    index = read_index(model)
+    workload = make_workload("fitted", index, settings, N_PROMPT, N_DECODE, None)[0]
+    settings = replace(settings, forced_bytes=workload.forced_bytes)
+    return Cell("96MiB", index, settings, 96 * MIB, 20 * MIB, 130 * MIB), workload
 
 
 @pytest.fixture(scope="module")
-def workload(cell: Cell) -> Workload:
-    return make_workload("fitted", cell.index, cell.settings, N_PROMPT, N_DECODE, None)[0]
+def cell(both: tuple[Cell, Workload]) -> Cell:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def workload(both: tuple[Cell, Workload]) -> Workload:
+    return both[1]
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ REACHING: dict[str, Callable[[Llama], object]] = {
     "create_chat_completion": lambda llama: llama.create_chat_completion([{"role": "user", "content": "hi"}]),
     "generate": lambda llama: next(llama.generate([5])),
     "eval": lambda llama: llama.eval([5]),
+    "interrupt": lambda llama: llama.interrupt(),
     "sample": lambda llama: llama.sample(),
     "reset": lambda llama: llama.reset(),
     "embed": lambda llama: llama.embed("hi"),
@@ -224,6 +225,48 @@ def test_the_same_thread_may_begin_anew_and_the_old_stream_says_so(ours: Llama) 
     with pytest.raises(BackendError, match=r"^the model has begun another answer since; ask for this one again$"):
         next(old)
     assert text_of(ours(PROMPT, max_tokens=8, temperature=0.0)) == alone
+
+
+# ---------------------------------------------------------------- interrupted
+
+
+def test_an_interrupt_between_two_batches_is_not_lost(ours: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours.reset()
+    decode, batches = ours._ctx.decode, []
+
+    def decode_and_interrupt(batch: Any) -> None:
+        decode(batch)
+        batches.append(batch.n_tokens())
+        ours.interrupt()
+
+    monkeypatch.setattr(ours._ctx, "decode", decode_and_interrupt)
+    monkeypatch.setattr(ours, "n_batch", 8)
+    with pytest.raises(KeyboardInterrupt):
+        ours.eval(list(range(5, 29)))
+    assert batches == [8]
+    monkeypatch.undo()
+    ours.reset()
+    ours.eval([5])
+
+
+def test_an_interrupt_between_two_tokens_ends_the_answer(ours: Llama, other: Pool) -> None:
+    stream = ours.create_completion(PROMPT, max_tokens=8, temperature=0.0, stream=True)
+    next(stream)
+    other.submit(ours.interrupt).result()
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert text_of(ours(PROMPT, max_tokens=4, temperature=0.0))
+
+
+def test_an_interrupt_is_for_what_is_under_way_alone(ours: Llama) -> None:
+    expected = text_of(ours(PROMPT, max_tokens=4, temperature=0.0))
+    ours.interrupt()
+    assert text_of(ours(PROMPT, max_tokens=4, temperature=0.0)) == expected
+    stream = ours.create_completion(PROMPT, max_tokens=8, temperature=0.0, stream=True)
+    next(stream)
+    ours.interrupt()
+    stream.close()  # before it could end by itself
+    assert text_of(ours(PROMPT, max_tokens=4, temperature=0.0)) == expected
 
 
 def test_what_is_sent_to_a_generator_reaches_it() -> None:
