@@ -231,7 +231,7 @@ bool RouterHook::serve(int layer, const ggml::Tensor* top_k) {
     store_.request(layer, all_parts, ids_);
     if (store_.tuning().look_ahead) {
         if (store_.all_fit()) {
-            complete(layer, top_k->ne[1]);
+            complete(layer);
         } else {
             int next = layer;
             for (int ahead = 1; ahead <= look_ahead_.farthest() && (next = store_.layer_after(next)) >= 0; ++ahead) {
@@ -261,9 +261,10 @@ void RouterHook::count_hits(int layer, const ggml::Tensor* top_k) const {
 }
 
 // Where all experts fit and a long batch computes: the disk has time for the rest of the layer, and whatever token
-// follows finds it there. With fewer tokens, or one, such reads would cost more than they hide (LOG.md).
-void RouterHook::complete(int layer, int64_t n_tokens) {
-    if (n_tokens < kLong || mask_.limits(layer)) {
+// follows finds it there; in the last layer, too, of which llama.cpp computes one token alone. After fewer tokens
+// such reads would cost more than they hide (LOG.md).
+void RouterHook::complete(int layer) {
+    if (n_tokens_ < kLong || mask_.limits(layer)) {
         return;
     }
     std::vector<int32_t> rest;
@@ -326,6 +327,7 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
         const std::lock_guard<std::mutex> lock(mutex_);
         failure_.clear();
     }
+    n_tokens_ = n_tokens;
     stop_ = false;
     staged_ = false;
     arriving_ = 0;

@@ -77,7 +77,7 @@ class RouterHook {
     bool serve(int layer, const ggml::Tensor* top_k);
     void finish_waiting();
     void count_hits(int layer, const ggml::Tensor* top_k) const;
-    void complete(int layer, int64_t n_tokens);
+    void complete(int layer);
     void look_ahead(int layer, int ahead, const ggml::Tensor* top_k);
     bool in_parallel() const;
     std::function<void()> expect_later();
@@ -96,6 +96,7 @@ class RouterHook {
     TokenProducts products_;
     BatchMemory batch_memory_;
     uint64_t lent_bytes_ = 0;
+    int64_t n_tokens_ = 0;  // of the batch
     int cut_layer_ = -1;
     int asked_layer_ = -1;  // this layer's router has answered, but its experts are not yet selected
     std::vector<int32_t> ids_, rows_;

@@ -22,7 +22,7 @@ constexpr auto kUsed = static_cast<size_t>(RoutedLayer::kUsed);
 std::string run(Running& running, RoutedLayer& layer) {
     Graph graph;
     layer.add_to(running, graph);
-    running.hook->begin();
+    running.hook->begin(0, static_cast<int64_t>(layer.n_tokens));
     graph.run(*running.hook);
     return running.hook->take_failure();
 }

@@ -224,11 +224,11 @@ TEST(resident_model_is_not_stopped_but_counted) {
 
 TEST(long_batch_has_whole_layers_read_where_everything_fits) {
     const TinyModel model = moe_model(page_size());
-    const auto resident_after = [&](size_t n_tokens, uint64_t arena, edgemoe::Tuning tuning) {
+    const auto resident_after = [&](int64_t n_tokens, size_t n_routed, uint64_t arena, edgemoe::Tuning tuning) {
         Running running(model, Io::pread, arena, tuning);
         Graph graph;
-        running.add_layer(graph, 2, std::vector<std::vector<int32_t>>(n_tokens, {1, 2}));
-        running.hook->begin();
+        running.add_layer(graph, 2, std::vector<std::vector<int32_t>>(n_routed, {1, 2}));
+        running.hook->begin(0, n_tokens);
         CHECK(graph.run(*running.hook));
         CHECK_EQUAL(running.hook->take_failure(), "");
         int n_resident = 0;
@@ -244,12 +244,13 @@ TEST(long_batch_has_whole_layers_read_where_everything_fits) {
         }
         return n_resident;
     };
-    CHECK_EQUAL(resident_after(256, kPlenty, {}), kExperts);
-    CHECK_EQUAL(resident_after(255, kPlenty, {}), 2);
-    CHECK_EQUAL(resident_after(256, slab_pages(12), {}), 2);
+    CHECK_EQUAL(resident_after(256, 256, kPlenty, {}), kExperts);
+    CHECK_EQUAL(resident_after(256, 1, kPlenty, {}), kExperts);  // the last layer
+    CHECK_EQUAL(resident_after(255, 255, kPlenty, {}), 2);
+    CHECK_EQUAL(resident_after(256, 256, slab_pages(12), {}), 2);
     edgemoe::Tuning blind;
     blind.look_ahead = false;
-    CHECK_EQUAL(resident_after(256, kPlenty, blind), 2);
+    CHECK_EQUAL(resident_after(256, 256, kPlenty, blind), 2);
 }
 
 TEST(wrong_expert_aborts_with_a_sentence) {
