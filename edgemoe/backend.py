@@ -177,9 +177,15 @@ class Llama(ServedLlama):
         # An n_ubatch that nobody asked for is the plan's to choose, within n_batch.
         if n_ubatch is not None or n_batch < DEFAULT_UBATCH:
             n_ubatch = min(n_ubatch or n_batch, n_batch)
-        self.plan = plan_for(self.index, ram, n_ctx, n_ubatch, kwargs, reserved)
+
+        def plan_within(budget: str | int) -> ExpertPlan:
+            return plan_for(self.index, budget, n_ctx, n_ubatch, kwargs, reserved)
+
+        self.plan = plan_within(ram)
         if on_plan is not None:
             on_plan(self.plan)
+        if self.task_mode is not None:
+            self.task_mode.settle(self.plan, plan_within)
         # The dry run is freed by now; the load needs the same memory again.
         return_freed_memory()
         if machine().cgroup_limit is not None:
@@ -221,7 +227,7 @@ class Llama(ServedLlama):
             if skip_mass:
                 self.skip_mass = skip_mass
             if self.task_mode is not None:
-                self.task_mode.attach(self.residency, self.plan)
+                self.task_mode.attach(self.residency)
                 if task is not None:
                     self.task_mode.pin(task)
         except BaseException:

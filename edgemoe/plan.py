@@ -325,6 +325,29 @@ def safe_mebibytes(floor_budget: int) -> int:
     return -(-(floor_budget + MIB // 4) // MIB)
 
 
+def budget_holding(plan: ExpertPlan, arena_bytes: int, plan_within: Callable[[int], ExpertPlan]) -> int:
+    """Find a budget whose arena has so many bytes in every process: the plan's own, or whole MiB.
+
+    Each is planned before it is named: it may be given a longer context or a wider batch as well.
+
+    Parameters
+    ----------
+    plan : ExpertPlan
+        For the budget that there is.
+    arena_bytes : int
+        Of experts.
+    plan_within : callable
+        ``plan_within(bytes)`` plans a larger one.
+    """
+    if plan.arena_bytes >= arena_bytes:
+        return plan.budget.bytes
+    lacking = arena_bytes + MIB // 4 - plan.arena_bytes
+    while lacking > 0 and plan.resident_share < 1:
+        plan = plan_within(-(-(plan.budget.bytes + lacking * 64 // 63) // MIB) * MIB)
+        lacking = arena_bytes + MIB // 4 - plan.arena_bytes
+    return plan.budget.bytes
+
+
 def headroom_of(budget_bytes: int) -> int:
     """Memory that is never planned for, bytes: 4 MiB or a 64th of the budget, whichever is more."""
     return max(4 * MIB, budget_bytes // 64)

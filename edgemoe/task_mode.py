@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from edgemoe.keep import Keep
 from edgemoe.matcher import Match, TaskDocuments, TaskMatcher, next_task
 from edgemoe.memory import format_bytes
 from edgemoe.patterns import Pattern, PatternStore
-from edgemoe.plan import ExpertPlan, expert_pages
+from edgemoe.plan import MIB, ExpertPlan, budget_holding, expert_pages
 from edgemoe.quality import SAFE_CHANGE, safe_point
 from edgemoe.residency import Residency, Switch
 from edgemoe.routed_shares import RoutedShares
@@ -149,8 +149,15 @@ class TaskMode:
             raise PatternError(f"there is no task {task!r}; known are {', '.join(self.names)}")
         return self._patterns[task]
 
-    def attach(self, residency: Residency, plan: ExpertPlan) -> None:
-        """Take over a loaded model.
+    def settle(self, plan: ExpertPlan, plan_within: Callable[[int], ExpertPlan]) -> None:
+        """Choose how many experts tasks have; before the model is loaded.
+
+        Parameters
+        ----------
+        plan : ExpertPlan
+            What the model is opened with.
+        plan_within : callable
+            ``plan_within(bytes)`` plans another budget, to name one that would do.
 
         Raises
         ------
@@ -164,43 +171,46 @@ class TaskMode:
             wanted = one_each * self._layers.n_expert if everything_fits else plan.arena_bytes
             least = self._layers.floor_bytes
             if self.mode == "task" and wanted < least:
-                needed = plan.budget.bytes + least - plan.arena_bytes
+                needed = budget_holding(plan, least, plan_within)
                 raise BudgetError(
                     f"--experts task holds at least {format_bytes(least)} of experts, as many as routing needs in all"
                     f" layers, but {plan.budget.reason} leaves {format_bytes(plan.arena_bytes)}; give --ram"
-                    f" {-(-needed // 2**20)}MiB, or --experts auto",
+                    f" {needed // MIB}MiB, or --experts auto",
                     needed=needed,
                 )
         else:
             # M experts of each layer on average, whichever layers they are in.
             wanted = one_each * self._keep.m
             if wanted > plan.arena_bytes and not everything_fits:
-                needed = plan.budget.bytes + wanted - plan.arena_bytes
+                needed = budget_holding(plan, wanted, plan_within)
                 raise BudgetError(
                     f"--keep {self._keep} takes {format_bytes(wanted)} of experts, but {plan.budget.reason} leaves"
-                    f" {format_bytes(plan.arena_bytes)}; give --ram {-(-needed // 2**20)}MiB, or keep fewer",
+                    f" {format_bytes(plan.arena_bytes)}; give --ram {needed // MIB}MiB, or keep fewer",
                     needed=needed,
                 )
         self._budget = ExpertBudget(n_bytes=wanted)
-        self._residency = residency
         for task in self._patterns:
             self.experts_of(task)  # refused now, not in mid-conversation
         if self.mode == "task":
-            self._refuse_unsafe(plan)
+            self._refuse_unsafe(plan, plan_within)
 
-    def _refuse_unsafe(self, plan: ExpertPlan) -> None:
+    def _refuse_unsafe(self, plan: ExpertPlan, plan_within: Callable[[int], ExpertPlan]) -> None:
         """Refuse fewer experts than were measured to be safe, naming the task that needs most."""
         safe, task = max((safe_point(pattern) or 0, task) for task, pattern in self._patterns.items())
         chosen = self.experts_of(task)
         if math.ceil(chosen.mean_kept) >= safe:
             return
-        needed = plan.budget.bytes + sum(self._layers.expert_bytes) * safe - plan.arena_bytes
-        more = f" with --ram {-(-needed // 2**20)}MiB" if needed > plan.budget.bytes else ""
+        needed = budget_holding(plan, sum(self._layers.expert_bytes) * safe, plan_within)
+        more = f" with --ram {needed // MIB}MiB" if needed > plan.budget.bytes else ""
         raise BudgetError(
             f"{chosen} experts are too few for task {task}: fewer than {safe} of {chosen.n_expert} in a layer were"
             f" measured to cost more than {SAFE_CHANGE:.0%} perplexity; keep {safe}{more}, or give --experts auto",
-            needed=max(needed, plan.budget.bytes),
+            needed=needed,
         )
+
+    def attach(self, residency: Residency) -> None:
+        """Take over the loaded model."""
+        self._residency = residency
 
     def experts_of(self, task: str) -> ExpertSet:
         """Experts that a task would have in force: all that may be chosen, or that are in memory first.

@@ -25,6 +25,7 @@ from edgemoe.plan import (
     SCATTERED_BYTES,
     ExpertPlan,
     Footprint,
+    budget_holding,
     expert_pages,
     headroom_of,
     kernel_scratch,
@@ -137,6 +138,31 @@ def test_the_context_is_the_longest_that_leaves_most_memory_to_experts() -> None
     for n in (200, 400, 1000):
         found = make_plan(index, Budget(n * MIB, "x"), long_context, PROCESS)
         assert found.n_ctx == 512 or found.bytes_of("KV cache") <= n * MIB // 4
+
+
+@given(
+    mebibytes=st.integers(75, 110),
+    share=st.floats(0.01, 1),
+    n_ctx=st.sampled_from([None, 512]),
+    n_ubatch=st.sampled_from([None, 8, 512]),
+)
+def test_the_budget_for_more_experts_holds_them(
+    mebibytes: int, share: float, n_ctx: int | None, n_ubatch: int | None
+) -> None:
+    """Although it may be given a longer context and a wider batch, and Python take a little more there."""
+    wanted = int(share * INDEX.expert_bytes)
+    index = replace(INDEX, context_length=1 << 20)
+
+    def within(n_bytes: int, process: int = PROCESS) -> ExpertPlan:
+        return make_plan(index, Budget(n_bytes, "x"), footprint, process, n_ctx, n_ubatch)
+
+    here = within(mebibytes * MIB)
+    named = budget_holding(here, wanted, within)
+    assert within(named).arena_bytes >= wanted
+    if named == here.budget.bytes:
+        assert here.arena_bytes >= wanted
+    else:
+        assert here.arena_bytes < wanted and within(named, PROCESS + MIB // 5).arena_bytes >= wanted
 
 
 def test_kernel_scratch_follows_ggml() -> None:

@@ -52,6 +52,10 @@ def plan(arena_bytes: int) -> ExpertPlan:
     )
 
 
+def plan_within(n_bytes: int, arena: int) -> ExpertPlan:
+    return replace(plan(arena + n_bytes - (1000 << 20)), budget=Budget(n_bytes, ""))
+
+
 class Recorded:
     """A residency that notes what it is asked for."""
 
@@ -75,7 +79,8 @@ def opened(mode: str = "task", arena: int = 1400, keep: str | None = None, *patt
     residency: Any = Recorded()
     known = patterns or (pattern("maths"), pattern("law"))
     found = TaskMode(mode, known, LAYERS, (1, 2), None if keep is None else Keep.parse(keep))
-    found.attach(residency, plan(arena))
+    found.settle(plan(arena), lambda n_bytes: plan_within(n_bytes, arena))
+    found.attach(residency)
     return found, residency.asked
 
 
@@ -116,7 +121,7 @@ def test_more_experts_than_the_arena_holds_are_refused_at_once() -> None:
         match=r"^--keep 5 takes 1\.46 KiB of experts, but --ram 1000MiB leaves 1\.37 KiB; give --ram 1001MiB, or keep",
     ) as refused:
         opened("task", 1400, "5")
-    assert refused.value.needed == (1000 << 20) + 100
+    assert refused.value.needed == 1001 << 20
     assert opened("task", WHOLE, "8")[0].experts_of("law") == everything(LAYERS)
 
 
@@ -127,7 +132,7 @@ def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
         r" 1000MiB leaves 500 B; give --ram 1001MiB, or --experts auto$",
     ) as refused:
         opened("task", 500)
-    assert refused.value.needed == (1000 << 20) + 100
+    assert refused.value.needed == 1001 << 20
     opened("task", 600)
     opened("auto", 500)
 
@@ -137,10 +142,10 @@ def test_so_few_experts_that_they_were_measured_to_be_unsafe_are_refused_at_once
     costs = {3: 0.9, 5: 0.2}
     rows = [QualityRow(f"2/{n}", "mass", "peu", n, 9.0, cost, 0.1, 0.9, "text", 1) for n, cost in costs.items()]
     measured_dear = replace(pattern("maths"), quality=tuple(rows))
-    said = r"^2/4 .* are too few for task maths: fewer than 5 of 8 .* than 25% .* keep 5 with --ram \d+MiB, or give"
+    said = r"^2/4 .* are too few for task maths: fewer than 5 of 8 .* than 25% .* keep 5 with --ram 1001MiB, or give"
     with pytest.raises(BudgetError, match=said) as refused:
         opened("task", 1400, "4", measured_dear, pattern("law"))
-    assert refused.value.needed == (1000 << 20) + 3 * 5 * 100 - 1400
+    assert refused.value.needed == 1001 << 20
     opened("task", 1500, "5", measured_dear, pattern("law"))
     opened("auto", 1400, None, measured_dear, pattern("law"))
 
@@ -301,6 +306,7 @@ def test_another_models_tasks_are_none_and_another_quantizations_are_welcome(tin
         found = open_tasks(read_index(path), "auto", None, None, folder)
         assert found is not None and found.names == ("law", "maths") and found.note is None
         residency: Any = Recorded()
-        found.attach(residency, plan(1 << 30))
+        found.settle(plan(1 << 30), lambda n_bytes: plan_within(n_bytes, 1 << 30))
+        found.attach(residency)
         found.pin("law")
         assert found.note is None if said is None else re.match(said, found.note or "")
