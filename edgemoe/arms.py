@@ -2,7 +2,7 @@
 
 For each number of experts M the task's own set is spread over the layers in every way there is, and held against the
 set of the most similar other task, of a middling dissimilar one, of all tasks together, against random sets of the same
-sizes, against the task's other criteria, and against what the experts' weights alone say (PEP-5). Everything follows
+sizes, against the task's other criteria, and against what the experts' weights alone say. Everything follows
 from stored patterns; no model is needed.
 """
 

@@ -209,7 +209,7 @@ def median_of(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float |
 
 
 def _of_processors(run: Run, seconds: float | None) -> float | None:
-    return None if seconds is None else seconds / sum(run.token_s) / (os.cpu_count() or 1)
+    return None if seconds is None else seconds / sum(run.token_s) / len(os.sched_getaffinity(0))
 
 
 def _parts(seconds: float | None, waiting: float | None, compute: float | None) -> dict[str, float]:

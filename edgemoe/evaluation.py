@@ -181,7 +181,7 @@ def summarise(results: Sequence[Result]) -> list[Summary]:
 
 
 def with_quality(pattern: Pattern, results: Sequence[Result], model: str) -> Pattern:
-    """Write what was measured of a task into its pattern (RT-6), in place of older figures of the same sets.
+    """Write what was measured of a task into its pattern, in place of older figures of the same sets.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ class Source:
     chat_template : bool
         Whether the model's chat template was applied.
     answers : bool
-        Whether the model's own answers were profiled too (PEP-8).
+        Whether the model's own answers were profiled too.
     """
 
     task: str
@@ -68,7 +68,7 @@ class Source:
 class DocumentShares:
     """Where the tokens of documents went, for matching prompts to tasks.
 
-    A document has a piece for what a prompt of its kind would be (its prompt, where it has one: TAER-3), and shorter
+    A document has a piece for what a prompt of its kind would be (its prompt, where it has one), and shorter
     ones for beginnings of that, from which a matcher learns how short texts scatter.
 
     Attributes
@@ -120,7 +120,7 @@ class DocumentShares:
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """Measured quality of one set of experts on one text (RT-6); None where a figure was not measured.
+    """Measured quality of one set of experts on one text; None where a figure was not measured.
 
     Attributes
     ----------

@@ -116,7 +116,7 @@ class Match:
 
 
 def next_task(active: str | None, match: Match, margin: float = 0.2) -> str | None:
-    """Choose the task after a turn of a conversation, with hysteresis (TAER-6).
+    """Choose the task after a turn of a conversation, with hysteresis.
 
     The active task stays while no other one is nearer than it by `margin`; a turn that is rejected ends it anyway, if
     it is long enough for that to mean something. Otherwise the match decides; None means no task.

@@ -4,7 +4,7 @@
 array                        type, shape     content
 ============================ =============== ========================================================================
 vector                       F32 [N]         exact scores of the first MoE layer
-permutations                 U8/U16 [L-1, N] ranks of the later layers (TAER-1)
+permutations                 U8/U16 [L-1, N] ranks of the later layers
 scores, score_scales         F16 [C, L, N],  score = half * scale, with scale the largest magnitude of its layer
                              F32 [C, L]
 piece_document, .._tokens,   I32 [P],        see `DocumentShares`

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Piece", "Spool", "compile_kernels", "pieces_of", "record", "scores_of", "shares_of"]
 
 FEW_DOCUMENTS = 5
-"""Below this a pattern says more about the documents than about the task (PEP-8; PreMoe v3, calibration samples)."""
+"""Below this a pattern says more about the documents than about the task (PreMoe v3, calibration samples)."""
 
 BEGINNINGS = (32, 128)
 """Tokens of the beginnings of each text that are kept beside the whole, for matching short prompts."""

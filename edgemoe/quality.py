@@ -21,7 +21,7 @@ SAFE_CHANGE = 0.25
 
 
 def safe_point(pattern: Pattern) -> int | None:
-    """Fewest experts of a layer, mean over layers, that were measured to be safe (RT-3).
+    """Fewest experts of a layer, mean over layers, that were measured to be safe.
 
     Returns
     -------

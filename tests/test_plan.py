@@ -216,7 +216,7 @@ def qwen3_30b_a3b(path: Path) -> ExpertIndex:
     [(128, 30.5, 18.5), (96, 23.3, 14.1), (64, 16.0, 9.7), (48, 12.4, 7.5), (32, 8.8, 5.3)],
 )
 def test_what_is_kept_of_qwen3_30b_a3b(kept: int, billions: float, gigabytes: float, tmp_path: Path) -> None:
-    """RT-3: the table of papers.md, 1.5, worked out from the shapes of the model; and the solver finds its M."""
+    """What M experts of each layer take, worked out from the shapes of the model; and the solver finds its M."""
     index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
     layers = ExpertLayers.of(index)
     scores = np.random.default_rng(0).random((48, 128))

@@ -83,7 +83,7 @@ def test_the_model_is_hashed_once_for_all_documents(llama: Llama) -> None:
 
 
 def test_a_conversation_goes_through_the_chat_template(llama: Llama) -> None:
-    """TAER-3: as a chat would put the same question."""
+    """As a chat would put the same question."""
     prompt = chat_prompt(llama, [{"role": "user", "content": "2 + 2?"}])
     answered, asked = one(llama, ASKED), one(llama, UNANSWERED)
     said = llama.detokenize(list(answered.tokens), special=True).decode()
@@ -291,7 +291,7 @@ def test_criteria_that_cannot_be_had_are_left_out(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """PEP-4: one piece is in memory at a time, however many there are."""
+    """One piece is in memory at a time, however many there are."""
     piece = recorded(n_token=2000)
     peaks = []
     for n_pieces in (2, 12):
@@ -305,7 +305,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
 
 
 def test_prompts_are_matched_and_answers_are_ranked_too(tmp_path: Path) -> None:
-    """TAER-3: shares of what was asked alone are stored beside scores of prompt and answer."""
+    """Shares of what was asked alone are stored beside scores of prompt and answer."""
     parts = [recorded(n_token=n, seed=n) for n in (4, 10, 30)]
     template, asked, answer = parts
     both = RoutedTokens.concatenate([template, asked, answer])
@@ -330,7 +330,7 @@ def test_beginnings_are_kept_beside_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_question_is_stored_as_the_same_question_is_heard_in_a_chat(folder: Path, tmp_path: Path) -> None:
-    """TAER-3: with the chat template on both sides, and its words counted on neither."""
+    """With the chat template on both sides, and its words counted on neither."""
     question = "How many pears are left of twelve?"
     document = Document("a", question, (Message("user", question),), "Seven.")
     with opened(folder) as llama:

@@ -113,7 +113,7 @@ def test_limiting_reads_nothing_ahead_and_computes_the_same(model: Path) -> None
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
 def test_preferring_changes_no_answer(model: Path, share: float) -> None:
-    """Soft: every expert may be chosen, and the logits are those of plain llama.cpp, bit for bit (RT-5)."""
+    """Soft: every expert may be chosen, and the logits are those of plain llama.cpp, bit for bit."""
     plain = plain_llama(model, **SETTINGS)
     expected = logits(plain, PROMPT, ANSWER)
     plain.close()

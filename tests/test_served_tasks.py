@@ -62,7 +62,7 @@ def served(
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.1])
 def test_soft_is_the_full_model_bit_for_bit(tasks: Path, share: float) -> None:
-    """RT-5: whatever task is warm, and however little fits."""
+    """Whatever task is warm, and however little fits."""
     with served(tasks, "auto", share) as (llama, mode):
         prompt = llama.tokenize(told("maths", 1).encode())[:60]
         plain = plain_llama(TINY_MOE, **{**SETTINGS, "n_ubatch": llama.plan.n_ubatch})
@@ -101,7 +101,7 @@ def test_a_hard_set_is_never_missed_and_a_switch_reads_the_difference(tasks: Pat
 
 
 def test_a_lower_k_activates_fewer_and_matches_as_before(tasks: Path) -> None:
-    """TAER-2: the query is made as the stored vectors were, whatever the pruned model activates."""
+    """The query is made as the stored vectors were, whatever the pruned model activates."""
     found = {}
     for keep in ("2/12", "12"):
         with served(tasks, "task", keep=keep, logits_all=True) as (llama, mode):
@@ -160,7 +160,7 @@ def test_prompts_longer_than_the_context(tasks: Path) -> None:
 
 
 def test_what_was_said_is_matched_without_the_words_around_it(tasks: Path) -> None:
-    """TAER-3: as the first message of a conversation is heard, so is a prompt that is only asked about."""
+    """As the first message of a conversation is heard, so is a prompt that is only asked about."""
     question = told("german", 3)
     with served(tasks, "auto") as (llama, mode):
         found = llama.match(chat_prompt(llama, [{"role": "user", "content": question}]), question, first=True)

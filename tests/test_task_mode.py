@@ -138,7 +138,7 @@ def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
 
 
 def test_so_few_experts_that_they_were_measured_to_be_unsafe_are_refused_at_once() -> None:
-    """RT-3: with the number, and the budget, that would do."""
+    """With the number, and the budget, that would do."""
     costs = {3: 0.9, 5: 0.2}
     rows = [QualityRow(f"2/{n}", "mass", "peu", n, 9.0, cost, 0.1, 0.9, "text", 1) for n, cost in costs.items()]
     measured_dear = replace(pattern("maths"), quality=tuple(rows))

@@ -29,7 +29,7 @@ def row(kept: float, change: float) -> QualityRow:
 
 
 def test_the_active_task_says_why_and_what_it_is_expected_to_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RT-6: what was measured of a task's own sets, for the size that is in force."""
+    """What was measured of a task's own sets, for the size that is in force."""
     measured = replace(pattern("maths"), quality=(row(4, 0.21), row(6, 0.05)))
     mode, _ = opened("task", 1400, "4", measured, pattern("law"))
     say(mode, monkeypatch, MATHS)
@@ -92,7 +92,7 @@ def test_without_scores_of_the_routers_mass_there_is_no_coverage() -> None:
 
 
 def test_a_pattern_says_what_it_rests_on() -> None:
-    """PEP-8: how many documents and tokens, the template, the model's own answers."""
+    """How many documents and tokens, the template, the model's own answers."""
     shown = printed(*task_ui.pattern_parts(with_soft_counts()))
     assert "2 documents, 100 tokens, through the chat template, with the model's answers" in shown
     document = task_ui.pattern_document(with_soft_counts())
