@@ -71,7 +71,7 @@ def measure(settings: Settings, n_tokens: int, rounds: int, folder: Path) -> dic
 
     def heard(llama: Llama) -> None:
         assert llama.task_mode is not None
-        layers = llama.tap.running_layers
+        layers = llama.index.running_layers
         shares = RoutedShares(layers, llama.index.n_expert, llama.task_mode.k_a)
         with llama.tap.watch(shares.add, layers):
             fresh(llama)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -171,7 +170,7 @@ class Llama(ServedLlama):
         # A common override: more or fewer experts for each token than the file says.
         top_k = (kwargs.get("kv_overrides") or {}).get(f"{self.index.architecture}.expert_used_count")
         if top_k is not None:
-            self.index = replace(self.index, n_expert_used=(int(top_k),) * self.index.n_layer)
+            self.index = self.index.using(int(top_k))
         if n_ctx == 0:
             n_ctx = self.index.context_length
         # An n_ubatch that nobody asked for is the plan's to choose, within n_batch.
@@ -297,7 +296,7 @@ class Llama(ServedLlama):
         """
         if self.task_mode is None:
             raise BackendError('the model knows no tasks; open it with experts="auto" or "task"')
-        layers = () if first else self.tap.running_layers
+        layers = () if first else self.index.running_layers
         layers = layers or self.index.moe_layers[:1]
         with self._use.computing():
             heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, said, cut=True)
@@ -323,9 +322,9 @@ class Llama(ServedLlama):
         mode.consider(self._hear(mode, tokens, start, self.index.moe_layers[:1], said, cut=go_back))
         if go_back:
             self._rewind(start)
-        if start > 0 or not self.tap.running_layers:
+        if start > 0 or not self.index.running_layers:
             return
-        heard = self._hear(mode, tokens, start, self.tap.running_layers, said)
+        heard = self._hear(mode, tokens, start, self.index.running_layers, said)
         if mode.consider(heard) and mode.mode == "task":
             # What was computed belongs to other experts.
             self._rewind(start)

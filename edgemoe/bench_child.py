@@ -12,7 +12,6 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +232,7 @@ def _plan(settings: Settings) -> dict[str, int]:
 
     index = read_index(settings.model)
     if settings.n_expert_used is not None:
-        index = replace(index, n_expert_used=(settings.n_expert_used,) * index.n_layer)
+        index = index.using(settings.n_expert_used)
 
     def plan_within(ram: int) -> ExpertPlan:
         return plan_for(index, ram, settings.n_ctx, settings.n_ubatch, {}, _reserved(settings))

@@ -88,7 +88,7 @@ def make_workload(
         ids = np.concatenate([routes.prompt, routes.decode])
         predicted = predictions(ids, index.n_expert, (recall, max(0.0, recall - LOST_AHEAD)), _SEED)
     workload = Workload(tokens[:n_prompt], tokens[n_prompt:], _as_seen(routes, index), True, predicted)
-    return workload, replace(index, n_expert_used=(routes.n_used,) * index.n_layer)
+    return workload, index.using(routes.n_used)
 
 
 def departures(routes: Routes, measured: RouteStatistics) -> list[str] | None:

@@ -7,10 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from edgemoe.errors import ModelFileError, NotMoEError
 from edgemoe.expert_offsets import EXPERT_NAME, check_offsets, has_offsets
@@ -20,7 +19,7 @@ from edgemoe.hparams import HParams, read_architecture, read_hparams
 from edgemoe.memory import page_size
 from edgemoe.split_files import read_headers
 
-__all__ = ["ExpertIndex", "ExpertTensor", "Tensor", "describe", "read_index"]
+__all__ = ["ExpertIndex", "ExpertTensor", "Tensor", "read_index"]
 
 _ONE_TENSOR_PER_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight", re.ASCII)
 _LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.", re.ASCII)
@@ -144,6 +143,8 @@ class ExpertIndex:
         Whether the file carries a chat template.
     metadata : Mapping
         Metadata of the first file.
+    file_bytes : int
+        Bytes of all parts.
     """
 
     path: Path
@@ -167,6 +168,18 @@ class ExpertIndex:
     has_chat_template: bool
     metadata: Mapping[str, Value]
     file_bytes: int
+
+    def using(self, k: int) -> ExpertIndex:
+        """Give it with so many experts per token in every layer, as llama.cpp's ``expert_used_count`` can override."""
+        return replace(self, n_expert_used=(k,) * self.n_layer)
+
+    @property
+    def running_layers(self) -> tuple[int, ...]:
+        """MoE layers whose routers see every token of a prompt.
+
+        llama.cpp computes the model's last layer only for tokens whose logits are wanted.
+        """
+        return tuple(layer for layer in self.moe_layers if layer != self.n_layer - 1)
 
     @cached_property
     def largest_file(self) -> Path:
@@ -301,55 +314,6 @@ def read_index(path: str | os.PathLike[str]) -> ExpertIndex:
         metadata=first.metadata,
         file_bytes=sum(header.file_size for header in headers),
     )
-
-
-def describe(index: ExpertIndex) -> dict[str, Any]:
-    """Sum up an index as plain JSON types, for ``edgemoe inspect --json``.
-
-    Parameters
-    ----------
-    index : ExpertIndex
-        A model.
-
-    Returns
-    -------
-    dict
-        Names, counts, and sizes in bytes; ``types`` counts tensors by ggml type.
-    """
-    used = [index.n_expert_used[layer] for layer in index.moe_layers]
-    sizes = [index.expert_size(layer) for layer in index.moe_layers]
-    return {
-        "path": str(index.path),
-        "files": [str(file) for file in index.files],
-        "architecture": index.architecture,
-        "name": index.name,
-        "quantization": index.quantization,
-        "context_length": index.context_length,
-        "n_vocab": index.n_vocab,
-        "n_embd": index.n_embd,
-        "n_layer": index.n_layer,
-        "moe_layers": list(index.moe_layers),
-        "leading_dense_layers": index.leading_dense,
-        "n_expert": index.n_expert,
-        "n_expert_used": used[0] if len(set(used)) == 1 else used,
-        "n_expert_shared": index.n_expert_shared,
-        "n_expert_group": index.n_expert_group,
-        "n_group_used": index.n_group_used,
-        "types": {"dense": _count_types(index.tensors), "experts": _count_types(index.experts)},
-        "file_bytes": index.file_bytes,
-        "dense_bytes": index.dense_bytes,
-        "expert_bytes": index.expert_bytes,
-        "one_expert_bytes": {"min": min(sizes), "max": max(sizes)},
-        "token_cycle_bytes": index.token_cycle_bytes,
-        "page_size": page_size(),
-        "aligned_slabs": index.aligned_slabs,
-        "skipped_tensors": list(index.skipped),
-        "has_chat_template": index.has_chat_template,
-    }
-
-
-def _count_types(tensors: Iterable[Tensor | ExpertTensor]) -> dict[str, int]:
-    return dict(Counter(tensor.type_name for tensor in tensors).most_common())
 
 
 def _refuse_without_experts(header: GGUFHeader, architecture: str, names: Iterable[str]) -> None:

@@ -36,14 +36,6 @@ class RouterTap:
         self._outputs = False
         self._listener: Callable[[RouterTrace], None] | None = None
 
-    @property
-    def running_layers(self) -> tuple[int, ...]:
-        """MoE layers whose routers see every token of a prompt.
-
-        llama.cpp computes the model's last layer only for tokens whose logits are wanted.
-        """
-        return tuple(layer for layer in self._index.moe_layers if layer != self._index.n_layer - 1)
-
     @contextlib.contextmanager
     def watch(
         self,

@@ -341,6 +341,5 @@ def open_tasks(
     if not found.patterns:
         problem = f" ({found.problems[0]})" if found.problems else ""
         raise PatternError(f"there is no task for {index.name} in {store.folder}{problem}; run edgemoe profile first")
-    running = tuple(layer for layer in index.moe_layers if layer != index.n_layer - 1)
     notes = {pattern.task: note for pattern in found.patterns if (note := pattern.note_for(store.model))}
-    return TaskMode(experts, found.patterns, layers, running, kept, notes)
+    return TaskMode(experts, found.patterns, layers, index.running_layers, kept, notes)

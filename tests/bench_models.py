@@ -42,7 +42,7 @@ def made_up_run(arm: str, seconds: float = 0.1, n_tokens: int = 100, checksum: i
         wait_s=seconds * n_tokens / 2 if edgemoe else None,
         busy_s=seconds * n_tokens / 4 if edgemoe else None,
         prompt_wait_s=1.5 if edgemoe else None,
-        system_s=seconds * n_tokens / 5 * (os.cpu_count() or 1),
+        system_s=seconds * n_tokens / 5 * len(os.sched_getaffinity(0)),
         stolen_s=None,
         peak=10,
         peak_rss=9,

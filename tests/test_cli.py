@@ -16,7 +16,8 @@ import pytest
 from plain_llama import TINY_MOE, plain_llama
 
 from edgemoe.cli import VERBS, main
-from edgemoe.index import describe, read_index
+from edgemoe.cli.inspect import summary
+from edgemoe.index import read_index
 
 RAM = "96MiB"
 GREEDY = ("--temp", "0", "--max-tokens", "24", "--ram", RAM)
@@ -164,7 +165,7 @@ def test_inspect() -> None:
 
 
 def test_inspect_json() -> None:
-    assert json.loads(edgemoe("inspect", TINY_MOE, "--json").stdout) == describe(read_index(TINY_MOE))
+    assert json.loads(edgemoe("inspect", TINY_MOE, "--json").stdout) == summary(read_index(TINY_MOE))
 
 
 def test_plan() -> None:

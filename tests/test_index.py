@@ -27,8 +27,9 @@ from gguf_bytes import (
     number,
 )
 
+from edgemoe.cli.inspect import summary
 from edgemoe.errors import ModelFileError, NotMoEError, UnknownArchitectureError
-from edgemoe.index import ExpertIndex, ExpertTensor, Tensor, describe, read_index
+from edgemoe.index import ExpertIndex, ExpertTensor, Tensor, read_index
 from edgemoe.memory import page_size
 
 TINY_MOE = Path(__file__).parents[2] / "shared" / "models" / "tiny-moe"
@@ -350,21 +351,21 @@ def test_every_architecture_of_the_tiny_models(tmp_path: Path) -> None:
         (path,) = write_tiny_model(tmp_path / f"{name}.gguf", name)
         index = read_index(path)
         check_against_gguf(index)
-        assert index.architecture == name and index.experts and json.dumps(describe(index))
+        assert index.architecture == name and index.experts and json.dumps(summary(index))
         path.unlink()
 
 
-def test_describe_is_json_and_adds_up(write: Write) -> None:
+def test_summary_is_json_and_adds_up(write: Write) -> None:
     index = read_index(write(moe_metadata() | {"general.file_type": 1}, moe_tensors(kind=TYPE_F16)))
-    summary = describe(index)
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["types"] == {"dense": {"F32": 3}, "experts": {"F16": 6}}
-    assert summary["one_expert_bytes"] == {"min": 24576, "max": 24576}
-    assert summary["n_expert_used"] == 2 and summary["moe_layers"] == [1, 2]
-    assert summary["token_cycle_bytes"] == 2 * 2 * 24576
-    assert summary["files"] == [str(index.path)] and summary["quantization"] == "F16"
+    document = summary(index)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["types"] == {"dense": {"F32": 3}, "experts": {"F16": 6}}
+    assert document["one_expert_bytes"] == {"min": 24576, "max": 24576}
+    assert document["n_expert_used"] == 2 and document["moe_layers"] == [1, 2]
+    assert document["token_cycle_bytes"] == 2 * 2 * 24576
+    assert document["files"] == [str(index.path)] and document["quantization"] == "F16"
     per_layer = read_index(write(moe_metadata(expert_used_count=array(I32, [0, 1, 3]))))
-    assert describe(per_layer)["n_expert_used"] == [1, 3]
+    assert summary(per_layer)["n_expert_used"] == [1, 3]
 
 
 def test_importing_the_index_is_cheap() -> None:
@@ -394,7 +395,7 @@ def test_random_damage_is_refused_or_leaves_every_slab_in_its_file(tmp_path: Pat
             fates.add("refused")
             continue
         fates.add("read")
-        assert index.token_cycle_bytes > 0 and json.dumps(describe(index))
+        assert index.token_cycle_bytes > 0 and json.dumps(summary(index))
         for tensor in index.experts:
             assert tensor.slab_bytes * index.n_expert == tensor.n_bytes > 0
             assert 0 < tensor.offset <= len(damaged) - tensor.n_bytes

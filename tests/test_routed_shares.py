@@ -106,7 +106,7 @@ def test_a_profiled_text_and_the_same_text_heard_agree(tmp_path: Path) -> None:
         stored = shares_of(spool, [piece])
     assert stored.tokens.tolist() == [32, len(piece.tokens)]
     with Llama(str(TINY_MOE), **settings) as llama:
-        layers = llama.tap.running_layers
+        layers = llama.index.running_layers
         now = RoutedShares(layers, llama.index.n_expert, max(llama.index.n_expert_used))
         with llama.tap.watch(now.add, layers):
             llama.eval(piece.tokens)

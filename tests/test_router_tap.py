@@ -115,7 +115,7 @@ def test_the_first_router_alone_needs_no_expert(qwen: Path) -> None:
 def test_running_layers_see_every_token_without_logits_of_all(tmp_path: Path) -> None:
     for name, running in (("qwen3moe", (0, 1)), ("deepseek2", (1,)), ("jamba", (1,)), ("llama4", (1,))):
         with opened(model_file(name, tmp_path), logits_all=False) as llama:
-            assert llama.tap.running_layers == running
+            assert llama.index.running_layers == running
             assert [trace.logits.shape[1] for trace in watched(llama, layers=running)] == [64, 36]
 
 
