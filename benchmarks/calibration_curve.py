@@ -1,4 +1,4 @@
-"""How many documents does a task's profile need? The cost of sets that were chosen by 1, 5, 10 and 50 of them.
+"""How many documents does a task's profile need? The cost of sets that were chosen by 1, 5, 10 and all of them.
 
     python -m benchmarks.calibration_curve model.gguf calibration held-out --store tasks
 

@@ -39,8 +39,9 @@ class LossCurves:
     sizes : tuple of int
         G >= 2 numbers of kept experts, ascending; the last is n_expert.
     loss : float64 [L, G]
-        Change of the mean negative log-likelihood against the full model, nats per token, 0 for the last size. It may
-        be noisy: negative, or rising with the size. A row of NaN is a layer that was not measured, which stays whole.
+        What the layer's cut costs, nats per token, 0 for the last size: the change of the mean negative log-likelihood
+        or, as `edgemoe.sensitivity` measures it, the divergence from the full model. It may be noisy: negative, or
+        rising with the size. A row of NaN is a layer that was not measured, which stays whole.
 
     Raises
     ------

@@ -15,13 +15,13 @@ from edgemoe.errors import StoreError, UnsupportedPlatformError
 from edgemoe.index import ExpertIndex
 
 if sys.platform == "win32":
-    raise UnsupportedPlatformError("edgemoe runs on Linux and macOS, not on Windows; install it inside WSL 2")
+    raise UnsupportedPlatformError("edgemoe runs on Linux, not on Windows itself; install it inside WSL 2")
 
 try:
     from edgemoe import _native
 except ImportError as error:
     raise StoreError(
-        f"edgemoe's native core cannot be loaded ({error}); install the package with: pip install -e ."
+        f"edgemoe's native core cannot be loaded ({error}); install edgemoe anew, in a clone with: pip install ."
     ) from error
 
 RouteForcer = _native.RouteForcer

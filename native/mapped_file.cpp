@@ -1,7 +1,7 @@
 #include "mapped_file.h"
 
 #if defined(_WIN32)
-#error "edgemoe runs on Linux and macOS; on Windows use it inside WSL 2"
+#error "edgemoe runs on Linux; on Windows use it inside WSL 2"
 #endif
 
 #include <fcntl.h>

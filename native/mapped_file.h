@@ -1,4 +1,5 @@
-// Every operating-system call of edgemoe but for signals: files, address space, page cache.
+// What edgemoe asks of the operating system: files, address space, page cache. (Signals have a file of their own, and
+// lanes ask for their slices of the processor.)
 //
 // Linux is the target; the macOS branches are written after its manual pages. Windows is refused at build time.
 // All sizes are bytes. Failures throw SystemError, whose message names the file and what the system said.
