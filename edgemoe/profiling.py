@@ -115,7 +115,7 @@ class Spool:
 def compile_kernels(n_expert: int) -> None:
     """Have numba compile all that recording and scoring call for a model of so many experts.
 
-    It takes a hundred MiB or two that stay (score_kernels.py): before a plan is made, which counts what the process holds.
+    They take a hundred MiB or two that stay: before a plan is made, which counts what the process holds.
     """
     one = np.zeros((1, 1, 1), np.float32)
     outputs = ExpertOutputs(np.zeros((1, 1, 1), np.int32), one, one, one[:, :, 0])
