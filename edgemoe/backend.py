@@ -222,7 +222,7 @@ class Llama(ServedLlama):
             self.store.forget_page_cache()
             # A task's experts fit the arena, whose slots may be divided otherwise among layers of several sizes.
             if experts != "task":
-                self.store.session.use_slots(self.plan.spared_bytes, self.plan.lent_bytes)
+                self.store.use_slots(self.plan.spared_bytes, self.plan.lent_bytes)
             if skip_mass:
                 self.skip_mass = skip_mass
             if self.task_mode is not None:
@@ -254,7 +254,7 @@ class Llama(ServedLlama):
     @skip_mass.setter
     def skip_mass(self, mass: float) -> None:
         _check_skip_mass(mass)
-        with self._use.computing():
+        with self._use.computing(anew=True):
             self._skip_mass = mass
             self.store.skip(mass, self.plan.nominal_arena_bytes)
             self.reset()
@@ -298,7 +298,7 @@ class Llama(ServedLlama):
             raise BackendError('the model knows no tasks; open it with experts="auto" or "task"')
         layers = () if first else self.index.running_layers
         layers = layers or self.index.moe_layers[:1]
-        with self._use.computing():
+        with self._use.computing(anew=True):
             heard = self._hear(self.task_mode, tokens[: self._n_ctx], 0, layers, said, cut=True)
             self._rewind(0)
         return self.task_mode.match_of(heard)
@@ -377,8 +377,8 @@ class Llama(ServedLlama):
         BackendError
             In a callback from the model's own computation.
         """
-        if "_use" not in vars(self):
-            return  # never opened
+        if "_use" not in vars(self) or self._use.forked:
+            return  # never opened, or not here
         with self._use.closing():
             self._stack.close()
             if "store" in vars(self):

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ class Use:
         self._thread = 0  # whose that is
         self._closed = False
         self._interrupted = False
+        self._process = os.getpid()
 
     def interrupt(self) -> None:
         """Have what computes, or the answer that is unfinished, end with its next batch at the latest."""
@@ -58,8 +60,10 @@ class Use:
         Raises
         ------
         BackendError
-            When it is closed.
+            When it is closed, or this process is a fork of the one that opened it.
         """
+        if self.forked:
+            raise BackendError("the model was opened by another process, of which this is a fork; open it here")
         use, me = object(), threading.get_ident()
         # Entered within `try`, and left by name: wherever KeyboardInterrupt comes up, nothing stays behind.
         try:
@@ -75,8 +79,10 @@ class Use:
                 self._left.notify_all()
 
     @contextlib.contextmanager
-    def computing(self, answer: object | None = None) -> Iterator[None]:
+    def computing(self, answer: object | None = None, *, anew: bool = False) -> Iterator[None]:
         """Have the context for the block, as the thread that has it already, or to go on with that answer.
+
+        An answer that is unfinished cannot go on after a block that leaves `anew` another context.
 
         Raises
         ------
@@ -93,6 +99,8 @@ class Use:
                             "the model is in use by another thread; call it when that one's answer has ended,"
                             " or its stream was closed"
                         )
+                    if anew and not self._computing:
+                        self._answer = None
                     self._thread = me
                     self._computing.add(use)
                 yield
@@ -107,7 +115,7 @@ class Use:
         Raises
         ------
         BackendError
-            As `computing`, and when the same thread began another answer meanwhile, which has the context now.
+            As `computing`, and when the same thread used the context for something else meanwhile.
         """
         if self._computing and self._thread == threading.get_ident():
             # A part of the answer whose step this is.
@@ -120,7 +128,7 @@ class Use:
             while True:
                 with self.computing(answer):
                     if self._answer is not answer:
-                        raise BackendError("the model has begun another answer since; ask for this one again")
+                        raise BackendError("the model has evaluated something else since; ask for this answer again")
                     try:
                         piece = steps.send(sent)
                     except StopIteration:
@@ -131,6 +139,11 @@ class Use:
                 if self._answer is answer:
                     self._answer = None
                 self._interrupted = self._interrupted and self._under_way()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that opened the model, whose threads stayed there."""
+        return os.getpid() != self._process
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -149,12 +162,12 @@ class Use:
             yield
 
 
-def _computing(method: Callable[..., Any]) -> Callable[..., Any]:
+def _computing(method: Callable[..., Any], *, anew: bool = True) -> Callable[..., Any]:
     """Have a method of `ServedLlama` compute in one thread at a time."""
 
     @functools.wraps(method)
     def alone(self: ServedLlama, *args: Any, **kwargs: Any) -> Any:
-        with self._use.computing():
+        with self._use.computing(anew=anew):
             return method(self, *args, **kwargs)
 
     return alone
@@ -166,9 +179,9 @@ class ServedLlama(PlainLlama):
     _use: Use
 
     reset = _computing(PlainLlama.reset)
-    sample = _computing(PlainLlama.sample)
+    sample = _computing(PlainLlama.sample, anew=False)
     embed = _computing(PlainLlama.embed)
-    save_state = _computing(PlainLlama.save_state)
+    save_state = _computing(PlainLlama.save_state, anew=False)
     load_state = _computing(PlainLlama.load_state)
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -179,7 +192,7 @@ class ServedLlama(PlainLlama):
         BackendError
             When they do not fit into the context, or one is not of the vocabulary.
         """
-        with self._use.computing():
+        with self._use.computing(anew=True):
             if self.n_tokens + len(tokens) > self._n_ctx:
                 raise BackendError(
                     f"{len(tokens)} tokens after {self.n_tokens} are more than the context of {self._n_ctx};"
@@ -281,6 +294,7 @@ class _Model(internals.LlamaModel):
 
     def __init__(self, *, store: ExpertStore, use: Use, path_model: str, params: Any, verbose: bool) -> None:
         self._use = use
+        self._session = store.session  # its buffers go first, even where the model was built by half
         store.attach(symbols())
         self._overrides = (_BufferTypeOverride * 2)(
             _BufferTypeOverride(_EVERY_TENSOR, store.session.buffer_type()), _BufferTypeOverride(None, None)
@@ -322,7 +336,7 @@ class _Context(internals.LlamaContext):
         n_tokens = batch.n_tokens()
         if self.params.n_outputs_max == 1 and sum(batch.batch.logits[i] for i in range(n_tokens)) > 1:
             raise BackendError("logits of more than one token were asked for; open the model with logits_all=True")
-        session.begin(batch.batch.pos[0], n_tokens)
+        self._store.begin(batch.batch.pos[0], n_tokens)
         # `begin` forgets what came between two batches.
         if self._use.take_interrupt():
             raise KeyboardInterrupt
@@ -353,8 +367,8 @@ def _interruptible(store: ExpertStore) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    store.session.watch_interrupts()
     try:
+        store.session.watch_interrupts()
         yield
     finally:
         store.session.ignore_interrupts()

@@ -202,6 +202,28 @@ class ExpertStore:
         """Connect to the loaded libllama, given the addresses of its functions."""
         self.session.attach(dict(symbols))
 
+    def begin(self, position: int, n_tokens: int) -> None:
+        """Prepare for the evaluation of so many tokens that start there.
+
+        Raises
+        ------
+        StoreError
+            If what is still being read cannot be had.
+        """
+        with _as_store_error():
+            self.session.begin(position, n_tokens)
+
+    def use_slots(self, spared_bytes: int, lent_bytes: int) -> None:
+        """Settle where experts will be, once all tensors are placed: parameters as in `edgemoe.plan.ExpertPlan`.
+
+        Raises
+        ------
+        StoreError
+            If there is no address space for them.
+        """
+        with _as_store_error():
+            self.session.use_slots(spared_bytes, lent_bytes)
+
     def raise_failure(self) -> None:
         """Raise what the native hook could not serve since the last decode began, if anything.
 

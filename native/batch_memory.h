@@ -13,9 +13,9 @@ class BatchMemory {
    public:
     // A node of the graph that is being computed.
     void learn(const ggml::Tensor* node) { buffer_ = node->buffer; }
-    // Between two graphs: gives all of its pages back. False, and nothing is given back, where it is not known or has
-    // less than `least` bytes. What was learnt is forgotten: llama.cpp may have other memory for the next graph.
-    bool give_back(uint64_t least);
+    // Right after that graph, as llama.cpp may have other memory for a later one: gives all of its pages back. False
+    // where it is not known, has less than `least` bytes, or the system keeps it.
+    bool give_back(uint64_t least) const;
 
    private:
     ggml::Buffer* buffer_ = nullptr;

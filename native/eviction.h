@@ -81,6 +81,7 @@ class LeastRecentlyUsed final : public Eviction {
         (newer != kNone ? older_[newer] : newest_) = older;
         older_[entry] = newer_[entry] = kNone;
         linked_[entry] = false;
+        next_ = entry == next_ ? newer : next_;
     }
 
     void seek(int) override { next_ = oldest_; }

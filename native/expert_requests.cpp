@@ -134,15 +134,15 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                 add(entry, part);
             }
         }
-        spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
+        shrink_spares();
         peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
         if (!jobs_.empty()) {
             slabs_.check_files();
         }
-    } catch (const SystemError& error) {
+        lanes_.submit(jobs_, Urgency::demanded);
+    } catch (const std::exception& error) {
         give_up(error.what());
     }
-    lanes_.submit(jobs_, Urgency::demanded);
 }
 
 // A resident slab is asked for: if it is still arriving, it is waited for from now on. False: it could not be read
@@ -225,7 +225,7 @@ void ExpertStore::give_up(const std::string& failure) {
             // Its pages could not be given back, but it no longer counts as resident: the first failure is the news.
         }
     }
-    spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
+    shrink_spares();
     throw SystemError(failure);
 }
 
@@ -238,7 +238,7 @@ void ExpertStore::drop_failed() {
         drop(*slab / kMaxParts, 1U << *slab % kMaxParts);
     }
     unverified_.erase(failed, unverified_.end());
-    spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
+    shrink_spares();
 }
 
 void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
@@ -278,14 +278,14 @@ void ExpertStore::expect(int layer, const std::vector<int32_t>& experts) {
                 expected_bytes_ += tensor.slab_bytes;
             }
         }
-        spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
-    } catch (const SystemError& error) {
+        shrink_spares();
+        for (ReadJob& job : jobs_) {
+            job.turn = n_requests_ + its.number - serving_;
+        }
+        lanes_.submit(jobs_, Urgency::speculative);
+    } catch (const std::exception& error) {
         give_up(error.what());
     }
-    for (ReadJob& job : jobs_) {
-        job.turn = n_requests_ + its.number - serving_;
-    }
-    lanes_.submit(jobs_, Urgency::speculative);
     peak_bytes_ = std::max(peak_bytes_.load(), resident_bytes_.load());
 }
 
@@ -307,7 +307,7 @@ void ExpertStore::settle_expectations(int layer, const std::vector<int32_t>& sti
         }
     }
     expected_.erase(its, expected_.end());
-    spares_.shrink(arena_bytes_ - resident_bytes_ - idle_.bytes());
+    shrink_spares();
 }
 
 // What is asked for needs the room of what is only expected, and of what is still arriving though nobody asks for it

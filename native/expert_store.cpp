@@ -333,13 +333,20 @@ void ExpertStore::drop_pages(const Tensor& tensor, int expert) {
         return;
     }
     const Pages own = Slabs::own_pages(tensor, expert);
-    if (!tuning_.recycle || own.bytes() < std::max<uint64_t>(tuning_.least_recycled, 1)) {
+    // Where all fit they lie in huge pages, which moving would cut up, and hardly ever leave.
+    if (!tuning_.recycle || all_fit_ || own.bytes() < std::max<uint64_t>(tuning_.least_recycled, 1)) {
         discard(base, pages.bytes());
         return;
     }
     Slabs::each_shared(pages, own, [this](std::byte* page) { idle_.give(page); });
     idle_.shrink(arena_bytes_ / kIdleShare);
     spares_.give(own.begin(), own.bytes());
+}
+
+// What left the arena may be spare only as far as it is within it. Where experts are in slots there is none.
+void ExpertStore::shrink_spares() {
+    const uint64_t held = resident_bytes_ + idle_.bytes();
+    spares_.shrink(arena_bytes_ - std::min(arena_bytes_, held));
 }
 
 bool ExpertStore::settled(int layer) const {

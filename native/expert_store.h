@@ -190,6 +190,7 @@ class ExpertStore {
     [[noreturn]] void give_up(const std::string& failure);
     void drop(int32_t entry, uint32_t parts);
     void drop_pages(const Tensor& tensor, int expert);
+    void shrink_spares();
     void bring(int layer, uint32_t parts, const std::vector<int32_t>& experts, bool counted);
     void check_request(int layer, uint32_t parts, const std::vector<int32_t>& experts) const;
     void add(int32_t entry, int part);

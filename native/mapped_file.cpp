@@ -215,6 +215,10 @@ std::byte* map_reserved(void* where, size_t n, int flags) {
     if (base == MAP_FAILED) {
         throw SystemError("reserving " + std::to_string(n) + " bytes of address space failed: " + std::strerror(errno));
     }
+#if defined(MADV_DONTFORK)
+    // A fork may not have the disk write to memory that it shares, nor double what is written here later.
+    ::madvise(base, n, MADV_DONTFORK);
+#endif
     return static_cast<std::byte*>(base);
 }
 
@@ -252,27 +256,32 @@ void use_huge_pages(std::byte* base, size_t n) {
 #endif
 }
 
-void discard(std::byte* base, size_t n) {
-    if (n == 0) {
-        return;
-    }
+bool discard(std::byte* base, size_t n) {
 #if defined(__APPLE__)
     // MADV_DONTNEED is only a hint there; mapping fresh pages over the range really gives the old ones back.
-    reserve_over(base, n);
+    if (n > 0) {
+        reserve_over(base, n);
+    }
+    return true;
 #else
-    ::madvise(base, n, MADV_DONTNEED);
+    return n == 0 || ::madvise(base, n, MADV_DONTNEED) == 0;
 #endif
 }
 
 bool move_pages(std::byte* from, std::byte* to, size_t n) {
 #if defined(MREMAP_DONTUNMAP)
-    return ::mremap(from, n, n, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) != MAP_FAILED;
+    if (::mremap(from, n, n, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) != MAP_FAILED) {
+        return true;
+    }
+    // Before Linux 6.17 the place is unmapped first, and then the move is refused, where `from` is of two areas.
+    reserve_over(to, n);
+    use_small_pages(to, n);
 #else
     static_cast<void>(from);
     static_cast<void>(to);
     static_cast<void>(n);
-    return false;
 #endif
+    return false;
 }
 
 size_t most_memory_areas() {

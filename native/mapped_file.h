@@ -72,18 +72,19 @@ void reserve_over(std::byte* base, size_t n);
 // Small pages only: a huge page would commit its neighbours' memory too.
 void use_small_pages(std::byte* base, size_t n);
 
-constexpr uint64_t kHugePage = uint64_t{2} << 20;  // on x86-64 and most of aarch64; others find nothing aligned so
+constexpr uint64_t kHugePage = uint64_t{2} << 20;  // on x86-64 and most of aarch64; larger ones begin at some of these
 std::byte* next_huge_page(std::byte* from);        // `from` itself, if one begins there
 
 // Huge pages where the system has them to spare and they lie wholly in [base, base + n). One is committed whole as soon
 // as any of it is used.
 void use_huge_pages(std::byte* base, size_t n);
 
-// Gives the anonymous pages of [base, base + n) back; whole pages only. They read as zero afterwards.
-void discard(std::byte* base, size_t n);
+// Gives the anonymous pages of [base, base + n) back; whole pages only. They read as zero afterwards. False where the
+// system keeps them, as it does locked ones.
+bool discard(std::byte* base, size_t n);
 
 // Moves the anonymous pages of [from, from + n) to `to`; both places are reserved memory, and `from` reads as zero
-// afterwards. False, with nothing changed, where the system cannot.
+// afterwards. False where the system cannot: then `to` is reserved memory again, and `from` is as it was.
 bool move_pages(std::byte* from, std::byte* to, size_t n);
 
 // How many separate areas of memory the system lets a process have.

@@ -176,16 +176,19 @@ NB_MODULE(_native, m) {
         .def(
             "begin",
             [](Session& s, int64_t position, int64_t n_tokens) { s.attached().hook->begin(position, n_tokens); },
-            "position"_a, "n_tokens"_a)
+            "position"_a, "n_tokens"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("interrupt", &Session::interrupt)
         .def("watch_interrupts",
              [](Session& s) {
+                 s.watch.reset();
                  s.watch = std::make_unique<edgemoe::InterruptWatch>(
                      [](void* session) { static_cast<Session*>(session)->interrupt(); }, &s);
              })
         .def("ignore_interrupts", [](Session& s) { s.watch.reset(); })
         .def("interrupted", [](Session& s) { return s.attached().hook->interrupted(); })
-        .def("take_failure", [](Session& s) { return s.attached().hook->take_failure(); })
+        .def(
+            "take_failure", [](Session& s) { return s.attached().hook->take_failure(); },
+            nb::call_guard<nb::gil_scoped_release>())
         .def(
             "keep",
             [](Session& s, int layer, const std::vector<int32_t>& experts) { s.attached().hook->keep(layer, experts); },

@@ -66,7 +66,9 @@ uint64_t now_ns() {
 }
 
 ReadLanes::ReadLanes(int n_lanes)
-    : n_edges_(static_cast<size_t>(std::max(n_lanes, 1)) * 2 * page_size()), edges_(reserve_memory(n_edges_)) {
+    : process_(::getpid()),
+      n_edges_(static_cast<size_t>(std::max(n_lanes, 1)) * 2 * page_size()),
+      edges_(reserve_memory(n_edges_)) {
     for (int i = 1; i < n_lanes; ++i) {
         try {
             threads_.emplace_back([this, i] { work(i); });
@@ -77,11 +79,18 @@ ReadLanes::ReadLanes(int n_lanes)
 }
 
 ReadLanes::~ReadLanes() {
+    if (process_ != ::getpid()) {  // a fork, which has no threads, and nobody who could stop to wait
+        for (std::thread& thread : threads_) {
+            thread.detach();
+        }
+        static_cast<void>(wakings_.release());
+        return;
+    }
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         stopping_ = true;
     }
-    work_ready_.notify_all();
+    wakings_->work_ready.notify_all();
     for (std::thread& thread : threads_) {
         thread.join();
     }
@@ -95,7 +104,7 @@ void ReadLanes::work(int lane) {
     std::unique_lock<std::mutex> lock(mutex_);
     ReadJob job{};
     while (true) {
-        work_ready_.wait(lock, [&] { return stopping_ || take(job, lane); });
+        wakings_->work_ready.wait(lock, [&] { return stopping_ || take(job, lane); });
         if (stopping_) {
             return;
         }
@@ -116,10 +125,11 @@ bool ReadLanes::any_to_take() const {
 bool ReadLanes::may_speculate() const { return !speculative_.empty() && n_speculating_ < std::max(1, size() / 2); }
 
 // Half of the lanes at most read what nobody waits for: a demand finds the disk's queue short. The caller, who is a
-// lane while it waits, reads nothing else than what is waited for.
+// lane while it waits, reads nothing else than what is waited for. Of two lanes one is the caller, who may be
+// computing: the other one tries again itself.
 bool ReadLanes::take(ReadJob& job, int lane) {
     const auto mine = [&](const ReadJob& queued) {
-        return (queued.failed_by != lane || size() == 1) && may_begin(queued);
+        return (queued.failed_by != lane || size() <= 2) && may_begin(queued);
     };
     std::deque<ReadJob>* queue = &demanded_;
     auto found = std::find_if(queue->begin(), queue->end(), mine);
@@ -151,7 +161,7 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
     const bool more = any_to_take();
     lock.unlock();
     if (more) {
-        work_ready_.notify_one();
+        wakings_->work_ready.notify_one();
     }
     std::string failure;
     size_t n_given = 0;
@@ -176,15 +186,15 @@ void ReadLanes::work_on(ReadJob job, int lane, std::unique_lock<std::mutex>& loc
         ++n_retries_;
         job.failed_by = lane;
         demanded_.push_front(job);
-        work_ready_.notify_all();
-        work_done_.notify_all();  // who waits reads along
+        wakings_->work_ready.notify_all();
+        wakings_->work_done.notify_all();  // who waits reads along
     } else {
         failure_ = failure;
         give_up(job.slab);
         finish(job.slab);
     }
     if (draining_ && n_busy_ == 0) {
-        work_done_.notify_all();
+        wakings_->work_done.notify_all();
     }
 }
 
@@ -193,10 +203,10 @@ void ReadLanes::finish(int32_t slab) {
         return;
     }
     if (std::exchange(slabs_[slab].awaited, false) && --n_awaited_ == 0) {
-        work_done_.notify_all();
+        wakings_->work_done.notify_all();
     }
     if (std::exchange(slabs_[slab].watched, false)) {
-        slab_arrived_.notify_all();
+        wakings_->slab_arrived.notify_all();
     }
 }
 
@@ -232,7 +242,7 @@ void ReadLanes::submit(const std::vector<ReadJob>& jobs, Urgency urgency) {
     const bool any = any_to_take();
     lock.unlock();
     if (any) {
-        work_ready_.notify_one();
+        wakings_->work_ready.notify_one();
     }
 }
 
@@ -254,7 +264,7 @@ void ReadLanes::hasten(int32_t slab) {
         std::for_each(others, speculative_.end(), [this](const ReadJob& job) { enqueue(job, Urgency::demanded); });
         speculative_.erase(others, speculative_.end());
         lock.unlock();
-        work_ready_.notify_one();
+        wakings_->work_ready.notify_one();
     }
 }
 
@@ -279,11 +289,11 @@ void ReadLanes::wait(const std::vector<int32_t>& slabs) {
         if (take(job, kCaller)) {
             work_on(job, kCaller, lock);
         } else {
-            work_done_.wait(lock);
+            wakings_->work_done.wait(lock);
         }
     }
     if (any_to_take()) {  // what had to wait for the caller's own reads
-        work_ready_.notify_one();
+        wakings_->work_ready.notify_one();
     }
     if (std::any_of(slabs.begin(), slabs.end(), [this](int32_t slab) { return failed(slab); })) {
         throw SystemError(failure_);
@@ -292,7 +302,7 @@ void ReadLanes::wait(const std::vector<int32_t>& slabs) {
 
 void ReadLanes::await(int32_t slab) {
     std::unique_lock<std::mutex> lock(mutex_);
-    slab_arrived_.wait(lock, [&] {
+    wakings_->slab_arrived.wait(lock, [&] {
         slabs_[slab].watched = true;
         return !arriving(slab);
     });
@@ -303,10 +313,11 @@ void ReadLanes::drain() {
     draining_ = true;
     for (std::deque<ReadJob>* queue : {&demanded_, &speculative_}) {
         while (!queue->empty()) {
+            failure_ = "what was still to be read was given up";
             give_up(queue->front().slab);
         }
     }
-    work_done_.wait(lock, [this] { return n_busy_ == 0; });
+    wakings_->work_done.wait(lock, [this] { return n_busy_ == 0; });
     draining_ = false;
 }
 

@@ -2,19 +2,22 @@
 // They sleep on a condition variable when idle and are joined by the destructor.
 //
 // Jobs belong to a *slab*, a number below that given to `resize`. A slab is arriving while one of its jobs is queued or
-// under way. A job that fails is tried again by another lane, at last by a buffered read; only then has its slab
-// failed. What nobody waits for is not tried again.
+// under way. A job that fails is tried again, by another lane where there is one, at last by a buffered read; only then
+// has its slab failed. What nobody waits for is not tried again.
 //
 // Of what is demanded, the next rank does not begin before the one before it has arrived: reads that are under way
 // together arrive together, so that the first would be waited for as long as the last. Beside guesses, which are under
 // way in any case, nothing is held back.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -101,8 +104,12 @@ class ReadLanes {
     bool may_speculate() const;
     bool any_to_take() const;
 
+    struct Wakings {
+        std::condition_variable work_ready, work_done, slab_arrived;
+    };
     mutable std::mutex mutex_;
-    std::condition_variable work_ready_, work_done_, slab_arrived_;
+    std::unique_ptr<Wakings> wakings_ = std::make_unique<Wakings>();
+    const pid_t process_;
     const size_t n_edges_;
     std::byte* const edges_;  // two pages for each lane
     std::vector<std::thread> threads_;

@@ -328,6 +328,7 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
         failure_.clear();
     }
     n_tokens_ = n_tokens;
+    const BatchMemory last = std::exchange(batch_memory_, {});
     stop_ = false;
     staged_ = false;
     arriving_ = 0;
@@ -335,7 +336,7 @@ void RouterHook::begin(int64_t position, int64_t n_tokens) {
     expectations_.clear();
     if (n_tokens != 1) {
         store_.repay();
-    } else if (lent_bytes_ > 0 && store_.in_slots() && !store_.borrowing() && batch_memory_.give_back(lent_bytes_)) {
+    } else if (lent_bytes_ > 0 && store_.in_slots() && !store_.borrowing() && last.give_back(lent_bytes_)) {
         store_.borrow();
     }
     look_ahead_.begin(n_tokens);

@@ -120,7 +120,7 @@ void on_interrupt(int signal, siginfo_t* info, void* context) {
 }  // namespace
 
 InterruptWatch::InterruptWatch(void (*stop)(void*), void* argument) {
-    if (::sigaction(SIGINT, nullptr, &interrupt_before) != 0 ||
+    if (interrupt_stop.load() != nullptr || ::sigaction(SIGINT, nullptr, &interrupt_before) != 0 ||
         ((interrupt_before.sa_flags & SA_SIGINFO) == 0 &&
          (interrupt_before.sa_handler == SIG_IGN || interrupt_before.sa_handler == SIG_DFL))) {
         return;
@@ -132,14 +132,14 @@ InterruptWatch::InterruptWatch(void (*stop)(void*), void* argument) {
     action.sa_flags = SA_SIGINFO | (interrupt_before.sa_flags & (SA_ONSTACK | SA_RESTART));
     action.sa_mask = interrupt_before.sa_mask;
     ::sigaction(SIGINT, &action, nullptr);
+    watches_ = true;
 }
 
 InterruptWatch::~InterruptWatch() {
-    if (interrupt_stop.load() == nullptr) {
-        return;
+    if (watches_) {
+        ::sigaction(SIGINT, &interrupt_before, nullptr);
+        interrupt_stop = nullptr;
     }
-    ::sigaction(SIGINT, &interrupt_before, nullptr);
-    interrupt_stop = nullptr;
 }
 
 }  // namespace edgemoe

@@ -25,13 +25,16 @@ class BusErrorGuard {
 
 // While it lives, SIGINT also calls `stop(argument)` at once, from the signal handler; the handler that was there runs
 // too. Python runs its own handlers only between C calls, which is too late for a computation of minutes. Does nothing
-// where SIGINT is ignored or kills. At most one lives at a time: the caller is the main thread.
+// where SIGINT is ignored or kills, or another one lives already. The caller is the main thread.
 class InterruptWatch {
    public:
     InterruptWatch(void (*stop)(void*), void* argument);
     ~InterruptWatch();
     InterruptWatch(const InterruptWatch&) = delete;
     InterruptWatch& operator=(const InterruptWatch&) = delete;
+
+   private:
+    bool watches_ = false;
 };
 
 }  // namespace edgemoe

@@ -42,7 +42,9 @@ void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes, uint64_t lent_byte
             const uint64_t n = part.stride * kind.n_slots, own = part.stride * kind.n_own;
             part.memory = reserve_memory(n + kHugePage);
             part.first = next_huge_page(part.memory);
-            // None reaches beyond the last slot, or from the own ones to those that are borrowed.
+            // None reaches beyond the last slot, or from the own ones to those that are borrowed, whatever the system
+            // does where it is not asked.
+            use_small_pages(part.memory, n + kHugePage);
             use_huge_pages(part.first, own);
             use_huge_pages(part.first + own, n - own);
         }

@@ -40,7 +40,7 @@ bool TokenProducts::suit(const ggml::Tensor* node) const {
 
 // Both have the same inputs, and nothing comes between: the second's result lies where nothing is that the first needs.
 bool TokenProducts::joins(const ggml::Tensor* node) const {
-    if (latest_ == nullptr || latest_->parts.back().node != passed_before_) {
+    if (latest_ == nullptr || latest_->parts.empty() || latest_->parts.back().node != passed_before_) {
         return false;
     }
     return passed_before_->src[1] == node->src[1] && passed_before_->src[2] == node->src[2] &&
@@ -113,7 +113,11 @@ void TokenProducts::compute(ggml::Tensor*, int thread, int, void* self) {
                                                 static_cast<size_t>(term.column) * node->nb[1]);
         for (; chunk < end; chunk = product.next_chunk.fetch_add(1, std::memory_order_relaxed)) {
             const int64_t first = (chunk - begin) * kRows;
-            const int64_t last = there ? std::min(first + kRows, n_rows) : first;  // else `wait` will say so
+            const int64_t last = std::min(first + kRows, n_rows);
+            if (!there) {  // as `wait` will say; until then nobody computes with what lies there
+                std::fill(result + first, result + last, 0.0F);
+                continue;
+            }
             for (int64_t row = first; row < last; ++row) {
                 vec_dot(static_cast<int>(experts.ne[0]), result + row, 0,
                         term.weights + static_cast<size_t>(row) * experts.nb[1], 0, row_of_input, 0, 1);

@@ -222,7 +222,7 @@ def test_the_same_thread_may_begin_anew_and_the_old_stream_says_so(ours: Llama) 
     old = ours("An unfinished", max_tokens=20, stream=True)
     next(old)
     assert text_of(ours(PROMPT, max_tokens=8, temperature=0.0)) == alone
-    with pytest.raises(BackendError, match=r"^the model has begun another answer since; ask for this one again$"):
+    with pytest.raises(BackendError, match=r"^the model has evaluated something else since; ask for this answer again$"):
         next(old)
     assert text_of(ours(PROMPT, max_tokens=8, temperature=0.0)) == alone
 
@@ -267,6 +267,54 @@ def test_an_interrupt_is_for_what_is_under_way_alone(ours: Llama) -> None:
     ours.interrupt()
     stream.close()  # before it could end by itself
     assert text_of(ours(PROMPT, max_tokens=4, temperature=0.0)) == expected
+
+
+@pytest.mark.parametrize("name", ["reset", "eval", "load_state"])
+def test_a_stream_does_not_go_on_in_another_context(ours: Llama, name: str) -> None:
+    state = ours.save_state()
+    uses = {"reset": ours.reset, "eval": lambda: ours.eval([5]), "load_state": lambda: ours.load_state(state)}
+    stream = ours.create_completion(PROMPT, max_tokens=8, temperature=0.0, stream=True)
+    next(stream)
+    uses[name]()
+    with pytest.raises(BackendError, match="evaluated something else since; ask for this answer again"):
+        list(stream)
+
+
+def test_a_stream_goes_on_after_what_changes_nothing(ours: Llama) -> None:
+    expected = text_of(ours(PROMPT, max_tokens=8, temperature=0.0))
+    text = ""
+    for piece in ours.create_completion(PROMPT, max_tokens=8, temperature=0.0, stream=True):
+        text += text_of(piece)
+        ours.save_state()
+    assert text == expected
+
+
+def test_a_fork_says_that_the_model_is_not_its_own() -> None:
+    program = f"""
+import gc, os, signal, warnings
+from edgemoe import Llama
+from edgemoe.errors import BackendError
+warnings.simplefilter("ignore")  # forks of processes with threads
+llama = Llama({str(TINY_MOE)!r}, ram="90MiB", n_threads=1)
+before = llama("hi", max_tokens=4, temperature=0.0)["choices"][0]["text"]
+for delete in (False, True):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            llama("hi", max_tokens=4)
+        except BackendError as error:
+            print(error, flush=True)
+        if delete:
+            del llama
+            gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+assert llama("hi", max_tokens=4, temperature=0.0)["choices"][0]["text"] == before
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == 2 * "the model was opened by another process, of which this is a fork; open it here\n"
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_is_sent_to_a_generator_reaches_it() -> None:

@@ -1,5 +1,7 @@
 #include "batch_memory.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 
 #include "check.h"
@@ -51,12 +53,21 @@ TEST(whole_pages_go_back_and_no_others) {
     CHECK(all_zero(its.memory.page(1), 6 * page_size()));
 }
 
-TEST(what_was_learnt_is_forgotten) {
+TEST(nothing_is_given_back_before_anything_is_learnt) {
+    const Scheduled its;
+    CHECK(!its.batch.give_back(1));
+    CHECK_EQUAL(count_resident(its.memory.base, its.memory.size), 8U);
+}
+
+TEST(memory_that_the_system_keeps_is_not_given_back) {
     Scheduled its;
-    CHECK(!its.batch.give_back(1));
     its.batch.learn(&its.node);
-    CHECK(its.batch.give_back(1));
+    if (::mlock(its.memory.page(2), page_size()) != 0) {
+        throw check::Skipped("no memory can be locked");
+    }
     CHECK(!its.batch.give_back(1));
+    CHECK_EQUAL(::munlock(its.memory.page(2), page_size()), 0);
+    CHECK(its.batch.give_back(1));
 }
 
 TEST(less_than_what_is_asked_for_stays) {

@@ -99,6 +99,22 @@ TEST(resize_forgets_everything) {
     CHECK(victims_of(lru) == (std::list<int32_t>{7, 3}));
 }
 
+TEST(who_leaves_before_its_turn_ends_no_series) {
+    LeastRecentlyUsed lru;
+    lru.resize({6});
+    for (int32_t entry = 0; entry < 6; ++entry) {
+        lru.touch(entry);
+    }
+    lru.seek(0);
+    CHECK_EQUAL(lru.next_victim(), 0);
+    lru.remove(1);
+    lru.remove(2);
+    lru.remove(5);
+    CHECK_EQUAL(lru.next_victim(), 3);
+    CHECK_EQUAL(lru.next_victim(), 4);
+    CHECK_EQUAL(lru.next_victim(), Eviction::kNone);
+}
+
 TEST(victims_may_leave_or_stay_while_they_are_sought) {
     std::mt19937 random(5);
     LeastRecentlyUsed lru;

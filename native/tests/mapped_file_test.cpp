@@ -267,6 +267,35 @@ TEST(discarding_gives_whole_pages_back) {
     }
 }
 
+TEST(locked_pages_stay) {
+    const Reserved place(2);
+    place.page(1)[0] = std::byte{1};
+    if (::mlock(place.page(1), page_size()) != 0) {
+        throw check::Skipped("no memory can be locked");
+    }
+    CHECK(!edgemoe::discard(place.base, place.size));
+    CHECK(place.page(1)[0] == std::byte{1});
+    CHECK_EQUAL(::munlock(place.page(1), page_size()), 0);
+    CHECK(edgemoe::discard(place.base, place.size) && edgemoe::discard(place.base, 0));
+}
+
+TEST(place_of_a_move_that_failed_is_reserved_memory) {
+    const Reserved place(4);
+    std::byte* nowhere = edgemoe::reserve_memory(2 * page_size());
+    edgemoe::release_memory(nowhere, 2 * page_size());
+    place.page(1)[0] = std::byte{1};
+    CHECK(!edgemoe::move_pages(nowhere, place.page(1), 2 * page_size()));
+    CHECK(all_zero(place.base, place.size));
+    place.page(2)[0] = std::byte{2};
+}
+
+TEST(reserved_memory_is_not_forked) {
+    const Reserved place(1);
+    place.base[0] = std::byte{1};
+    const int status = status_of_child([&] { *reinterpret_cast<volatile std::byte*>(place.base) = std::byte{2}; });
+    CHECK(!survived(status) && !hung(status));
+}
+
 TEST(small_pages_are_asked_of_the_kernel) {
     if (::access("/sys/kernel/mm/transparent_hugepage/enabled", R_OK) != 0) {
         throw check::Skipped("a kernel without transparent huge pages");

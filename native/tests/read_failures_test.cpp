@@ -1,4 +1,5 @@
 // What ReadLanes does about reads that fail.
+#include "child_process.h"
 #include "reading.h"
 
 using edgemoe::Io;
@@ -15,6 +16,18 @@ TEST(failed_reads_are_repeated) {
             CHECK_EQUAL(reading.lanes->n_retries(), static_cast<uint64_t>(times));
             CHECK_EQUAL(reading.lanes->bytes_read(), 6 * reading.page);
         }
+    }
+}
+
+// The caller computes, as another lane, while the only one that reads fails.
+TEST(last_lane_repeats_what_it_failed_itself) {
+    for (const int times : {1, 2, 3}) {
+        Reading reading(2);
+        fail_times(reading, 1, times);
+        reading.submit(1, kDemanded, 3);
+        reading.lanes->await(1);
+        CHECK_EQUAL(reading.lanes->failed(1), times == 3);
+        CHECK_EQUAL(reading.holds(1, 3), times < 3);
     }
 }
 
@@ -136,4 +149,29 @@ TEST(lanes_survive_a_disk_that_fails_every_read) {
         reading.watch(slab);
         CHECK(reading.holds(slab, 3) && !reading.lanes->failed(slab));
     }
+}
+
+TEST(what_was_given_up_is_told_as_such) {
+    Reading reading(2);
+    reading.disk.hold({reading.at(1)});
+    reading.submit(1, kDemanded);
+    reading.disk.await(1);
+    reading.submit(2, kDemanded);
+    std::thread drains([&] { reading.lanes->drain(); });
+    while (!reading.lanes->failed(2)) {
+        std::this_thread::yield();
+    }
+    reading.disk.let_go();
+    drains.join();
+    CHECK_REFUSED(reading.lanes->wait({2}), "what was still to be read was given up");
+}
+
+TEST(lanes_of_a_forked_process_end_without_threads) {
+    Reading reading(3);
+    reading.submit(1, kDemanded, 3);
+    reading.lanes->wait({1});
+    CHECK(survived(status_of_child([&] { reading.lanes.reset(); })));
+    reading.submit(2, kDemanded, 3);
+    reading.lanes->wait({2});
+    CHECK(reading.holds(1, 3) && reading.holds(2, 3));
 }

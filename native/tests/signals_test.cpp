@@ -25,6 +25,25 @@ uint8_t touch(const std::byte* at) { return *reinterpret_cast<const volatile uin
 
 }  // namespace
 
+TEST(one_watch_at_a_time_calls_the_handler_once) {
+    static std::atomic<int> n_stops, n_calls;
+    struct sigaction action{}, before{};
+    action.sa_handler = [](int) { ++n_calls; };
+    CHECK_EQUAL(::sigaction(SIGINT, &action, &before), 0);
+    {
+        const edgemoe::InterruptWatch outer([](void*) { ++n_stops; }, nullptr);
+        {
+            const edgemoe::InterruptWatch inner([](void*) { n_stops += 100; }, nullptr);
+            ::raise(SIGINT);
+        }
+        ::raise(SIGINT);
+    }
+    ::raise(SIGINT);
+    CHECK_EQUAL(n_stops.load(), 2);
+    CHECK_EQUAL(n_calls.load(), 3);
+    ::sigaction(SIGINT, &before, nullptr);
+}
+
 // First, because the chained handler is the one found when the first guard appears.
 
 TEST(fault_elsewhere_goes_to_the_earlier_handler) {
@@ -133,9 +152,9 @@ TEST(fault_that_cannot_be_mended_kills_instead_of_hanging) {
         throw check::Skipped("the limit of memory areas is unknown or large");
     }
     const ScratchFile file(random_bytes(3 * page_size(), 4));
-    const Reserved place(3);
-    const Reserved crowd(2 * limit);
     const int status = status_of_child([&] {
+        const Reserved place(3);
+        const Reserved crowd(2 * limit);
         MappedFile(file.path()).map_over(place.base, 0, place.size);
         BusErrorGuard guard;
         guard.watch(place.base, place.size);

@@ -167,6 +167,23 @@ TEST(read_error_in_the_middle) {
     }
 }
 
+// Huge pages that were asked for where everything fits would be cut up by moving.
+TEST(memory_is_given_back_where_everything_fits) {
+    const TinyModel model({{8, {4 * page_size()}}}, {}, 1, 4);
+    for (const bool fits : {true, false}) {
+        edgemoe::Tuning tuning;
+        tuning.least_recycled = 0;
+        WithHeldDisk with;
+        PlacedStore placed(model, Io::pread, 1, fits ? kPlenty : 20 * page_size(), tuning);
+        placed->acquire(0, 1, {0});
+        const uint64_t n_resident = count_resident(placed.base(), placed.size());
+        with.disk.fail([](const HeldDisk::Read&) { return true; });
+        std::memset(placed.slab(0, 0, 1), 1, 4 * page_size());  // as if some of it had come
+        CHECK_REFUSED(placed->acquire(0, 1, {1}), "failed");
+        CHECK_EQUAL(count_resident(placed.base(), placed.size()) == n_resident, fits);
+    }
+}
+
 TEST(failure_leaves_neighbours_on_shared_pages) {
     const TinyModel model({{64, {page_size() / 3 + 100, page_size() + 60}}}, {}, 1, 5);
     for (const Io io : {Io::pread, Io::mmap, Io::direct}) {

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "fake_ggml.h"
+#include "held_disk.h"
 #include "page_space.h"
 #include "running_hook.h"
 
@@ -56,6 +57,7 @@ class Layer {
         products.put_in(static_cast<int>(model_.id_of(0, part)), std::move(meanwhile));
         CHECK_EQUAL(nodes[part].op, fake_ggml::kOpCustom);
     }
+    size_t id_of(size_t part) const { return model_.id_of(0, part); }
     bool is_right(size_t part) const {
         for (size_t slot = 0; slot < ids_.size(); ++slot) {
             const auto* slab = reinterpret_cast<const uint8_t*>(model_.bytes_of(model_.id_of(0, part))) +
@@ -114,6 +116,32 @@ TEST(all_threads_together_compute_what_plain_loops_do) {
             }
         }
     }
+}
+
+TEST(experts_that_were_not_asked_for_are_refused_each_time) {
+    Layer layer(2 * page_size(), 9 * 6 * page_size() + 24 * page_size(), {2, 5});
+    CHECK(layer.running.store->in_slots());
+    TokenProducts products(*layer.running.store, layer.running.api);
+    layer.running.store->acquire(0, 7, {2});
+    for (int again = 0; again < 2; ++again) {
+        products.pass(&layer.nodes[0]);
+        CHECK_REFUSED(products.put_in(static_cast<int>(layer.id_of(0)), nullptr), "uses expert 5 that was not asked");
+    }
+}
+
+TEST(rows_of_an_expert_that_could_not_be_read_are_zero) {
+    WithHeldDisk with;
+    Layer layer(2 * page_size(), kPlenty, {2, 5});
+    TokenProducts products(*layer.running.store, layer.running.api);
+    layer.running.store->acquire(0, 7, {2});
+    with.disk.fail([](const HeldDisk::Read&) { return true; });
+    layer.running.store->request(0, 7, {2, 5});
+    layer.put_in(products, 0);
+    fake_ggml::compute_custom(&layer.nodes[0]);
+    const auto second = layer.results[0].begin() + layer.n_rows;
+    CHECK(std::all_of(second, layer.results[0].end(), [](float sum) { return sum == 0; }));
+    CHECK(std::any_of(layer.results[0].begin(), second, [](float sum) { return sum != 0; }));
+    CHECK_REFUSED(layer.running.store->wait(7), "failed");
 }
 
 TEST(what_comes_between_is_waited_for) {
