@@ -86,17 +86,18 @@ class Verification:
         Every tensor of either model, in the first one's order.
     keys : tuple of KeyDifference
         Metadata keys that differ.
-    renumbered : bool
-        Whether experts were compared by the numbers they had in the first model.
+    kept : tuple of int or None
+        Experts of a layer in the second model and in the first, where they were compared by the numbers that the second
+        says they had in the first; else None.
     """
 
     tensors: tuple[TensorComparison, ...]
     keys: tuple[KeyDifference, ...]
-    renumbered: bool
+    kept: tuple[int, int] | None
 
     @property
     def same(self) -> bool:
-        """Whether all tensors are the same, and all metadata that matters."""
+        """Whether all tensors are the same, of the experts that were kept, and all metadata that matters."""
         return all(tensor.same for tensor in self.tensors) and not any(key.matters for key in self.keys)
 
 
@@ -159,8 +160,8 @@ def verify(
             for name, tensor in b.tensors.items()
             if name not in a.tensors
         ]
-        n_kept = None if experts is None else len(next(iter(experts[1].values())))
-        return Verification(tuple(compared), tuple(_keys(a, b, n_kept)), experts is not None)
+        kept = None if experts is None else (len(next(iter(experts[1].values()))), experts[0].n_expert)
+        return Verification(tuple(compared), tuple(_keys(a, b, kept and kept[0])), kept)
 
 
 def _experts(path: str | os.PathLike[str], a: StockModel, b: StockModel) -> tuple[ExpertIndex, Experts] | None:

@@ -178,7 +178,7 @@ class Llama(ServedLlama):
             n_ubatch = min(n_ubatch or n_batch, n_batch)
 
         def plan_within(budget: str | int) -> ExpertPlan:
-            return plan_for(self.index, budget, n_ctx, n_ubatch, kwargs, reserved)
+            return plan_for(self.index, budget, n_ctx, n_ubatch, {**threads, **kwargs}, reserved)
 
         self.plan = plan_within(ram)
         if on_plan is not None:

@@ -309,7 +309,10 @@ _COLOURS = {
 
 
 def _draw_speeds(result: BenchResult) -> Figure:
-    """Bars of decode speed with p10 and p90, one group for each budget; Belady's and LRU's rooflines above them."""
+    """Decode speeds with p10 and p90, one group for each budget; Belady's and LRU's rooflines above them.
+
+    Points, since the axis has no zero: what is three times as long on it is more than three times as fast.
+    """
     arms = list(dict.fromkeys(figures.arm for cell in result.cells for figures in cell.figures))
     width = 0.8 / len(arms)
     figure = new_figure(max(6.0, 1.5 + 2.2 * len(result.cells)), 5.2)
@@ -320,8 +323,8 @@ def _draw_speeds(result: BenchResult) -> Figure:
                 continue
             low, high = figures.slow_tokens_per_s or 0.0, figures.fast_tokens_per_s or 0.0
             at = place - 0.4 + width * (arms.index(figures.arm) + 0.5)
-            axes.bar(at, figures.tokens_per_s, width * 0.92, color=_COLOURS[figures.arm])
-            axes.vlines(at, low, high, color="0.25", linewidth=1)
+            axes.vlines(at, low, high, color=_COLOURS[figures.arm], linewidth=3, alpha=0.4)
+            axes.plot(at, figures.tokens_per_s, "o", color=_COLOURS[figures.arm])
             axes.annotate(
                 _number(figures.tokens_per_s),
                 (at, high),
@@ -340,7 +343,7 @@ def _draw_speeds(result: BenchResult) -> Figure:
     axes.set_xlabel("memory, or the model's size over it")
     axes.set_ylabel("tokens per second, median (lines: p10 to p90)")
     for arm in arms:
-        axes.bar(0, 0, color=_COLOURS[arm], label=arm)
+        axes.plot([], [], "o", color=_COLOURS[arm], label=arm)
     for label, dashes in (("roofline, Belady", "-"), ("roofline, LRU", ":")):
         axes.plot([], [], color="#b00020", linestyle=dashes, label=label)
     _finish(axes, result)

@@ -23,6 +23,10 @@ ANSWER_SHARE = 4
 """One part in this many of the context is kept free for the next answer when its length is not bounded."""
 
 
+LONGEST_TOKEN = 512
+"""Characters that no token of a vocabulary is longer than."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How answers are drawn.
@@ -251,6 +255,7 @@ def complete(llama: Llama, text: str, sampling: Sampling) -> Answer:
     PromptError
         When the text fills the context.
     """
+    _refuse_endless(llama, text)
     prompt = llama.tokenize(text.encode("utf-8"), add_bos=True, special=True)
     if len(prompt) >= llama.n_ctx():
         raise _too_long(llama, len(prompt))
@@ -305,6 +310,7 @@ class ChatSession:
             When the question alone fills the context, or the chat template refuses the conversation. The history is
             unchanged then.
         """
+        _refuse_endless(self._llama, text)
         question = {"role": "user", "content": text}
         turns, prompt = self._fit([*self.turns, question])
         self.dropped_turns = (len(self.turns) + 1 - len(turns)) // 2
@@ -383,8 +389,15 @@ def chat_prompt(llama: Llama, messages: list[Message]) -> list[int]:
     return prompt
 
 
-def _too_long(llama: Llama, n_tokens: int) -> PromptError:
+def _refuse_endless(llama: Llama, text: str) -> None:
+    """Refuse what cannot fit before it is tokenized, which takes a hundred times its bytes."""
+    at_least = len(text) // LONGEST_TOKEN
+    if at_least >= llama.n_ctx():
+        raise _too_long(llama, f"more than {at_least:,}")
+
+
+def _too_long(llama: Llama, n_tokens: int | str) -> PromptError:
     return PromptError(
         f"the prompt has {n_tokens} tokens, but the context holds {llama.n_ctx()} with the answer;"
-        " shorten it or give a larger --ctx"
+        " shorten it or give a larger n_ctx"
     )

@@ -13,19 +13,27 @@ from edgemoe.errors import BackendError
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.llama_library import LLAMA_CPP_PYTHON, C, PlainLlama, in_llama_cpp, symbols
 from edgemoe.memory import current_rss, parse_budget
-from edgemoe.plan import DEFAULT_UBATCH, ExpertPlan, Footprint, PlanLine, kernel_scratch, make_plan
+from edgemoe.plan import BYTES_PER_CELL, DEFAULT_UBATCH, ExpertPlan, Footprint, PlanLine, kernel_scratch, make_plan
 from edgemoe.store import memory_use, return_freed_memory
+from edgemoe.threads import default_threads
 
 __all__ = ["DryRun", "check_options", "n_outputs_max", "plan_for", "plan_model", "refused"]
 
 # What a process grows by once it runs: Python's own allocations, and the sampler's arrays over the vocabulary.
 _GROWTH = 8 << 20
 _BYTES_PER_TOKEN_OF_VOCABULARY = 64
-# llama.cpp's bookkeeping for each position of the KV cache (llama_kv_cells), and llama_cpp.Llama's array of tokens.
-_BYTES_PER_CELL = 64
 
-# The smallest values that mean something; llama_cpp takes 0 context and 0 threads for its default.
-_LEAST = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 1, "n_threads": 0, "n_threads_batch": 0}
+_BYTES_PER_THREAD = 32 << 10  # a stack's first pages, and what the C library keeps for it
+
+# Values that mean something; llama_cpp takes 0 context and 0 threads for its default.
+_TOKENS, _THREADS = 1 << 24, 512
+_RANGES = {
+    "n_ctx": (0, _TOKENS),
+    "n_batch": (1, _TOKENS),
+    "n_ubatch": (1, _TOKENS),
+    "n_threads": (0, _THREADS),
+    "n_threads_batch": (0, _THREADS),
+}
 
 
 class DryRun:
@@ -80,7 +88,7 @@ class DryRun:
                 raise refused(self._index, errors)
             _, kv_bytes, compute_bytes = memory_use(symbols(), ctypes.cast(context, ctypes.c_void_p).value or 0)
             C.llama_free(context)
-        kv_bytes += _BYTES_PER_CELL * n_ctx
+        kv_bytes += BYTES_PER_CELL * n_ctx
         flash = params.flash_attn_type == C.LLAMA_FLASH_ATTN_TYPE_ENABLED
         scratch = kernel_scratch(self._index, n_ctx, n_ubatch, flash)
         logits = self._index.n_vocab * 4 * (2 * n_ctx if self._logits_all else 2)
@@ -129,10 +137,13 @@ def check_options(options: Mapping[str, Any], taker: Callable[..., Any]) -> None
             close = difflib.get_close_matches(name, known, n=1)
             step = f"did you mean {close[0]}?" if close else "leave it out"
             raise BackendError(f"there is no option {name}; {step}")
-    for name, least in _LEAST.items():
+    for name, (least, most) in _RANGES.items():
         value = options.get(name)
-        if value is not None and not (isinstance(value, SupportsIndex) and value.__index__() >= least):
-            raise BackendError(f"{name}={value!r} cannot be; give a whole number from {least} on, or leave it out")
+        whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+        if value is not None and not (whole and least <= value.__index__() <= most):
+            raise BackendError(
+                f"{name}={value!r} cannot be; give a whole number from {least} to {most}, or leave it out"
+            )
 
 
 def plan_model(
@@ -183,7 +194,8 @@ def plan_for(
     with DryRun(index, fields, bool(options.get("logits_all"))) as dry_run:
         budget = parse_budget(ram)
         return_freed_memory()
-        process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab
+        threads = max(options.get(name) or default_threads() for name in ("n_threads", "n_threads_batch"))
+        process = current_rss() + _GROWTH + _BYTES_PER_TOKEN_OF_VOCABULARY * index.n_vocab + _BYTES_PER_THREAD * threads
         return make_plan(index, budget, dry_run.footprint, process, n_ctx, n_ubatch, reserved)
 
 

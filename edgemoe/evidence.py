@@ -30,6 +30,7 @@ MAX_DOCUMENTS = 128
 """Documents whose shares are kept; of more, an even sample is."""
 
 _TASK = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_CHOICES = ("all", "auto")  # of /task
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -166,13 +167,16 @@ class QualityRow:
 def check_task_name(name: str) -> None:
     """Refuse what is no task name: 1 to 64 of a-z, 0-9, ``-`` and ``_``, the first a letter or digit.
 
-    A name is also a file's name, on file systems that know no upper case too.
+    A name is also a file's name, on file systems that know no upper case too. Some are words of ``/task`` in a
+    conversation.
 
     Raises
     ------
     PatternError
         With a name that would do, where there is one near.
     """
+    if name in _CHOICES:
+        raise PatternError(f"{name} cannot be a task's name, since /task {name} means another choice; use {name}-tasks")
     if _TASK.fullmatch(name):
         return
     near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64].strip("-")

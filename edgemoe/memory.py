@@ -18,6 +18,7 @@ __all__ = [
     "Machine",
     "current_rss",
     "format_bytes",
+    "huge_pages_unasked",
     "machine",
     "page_size",
     "parse_budget",
@@ -37,6 +38,7 @@ _PERCENT = re.compile(rf"{_NUMBER}\s*%", re.ASCII)
 
 _RESERVE_MIN = 256 << 20
 _STATUS = Path("/proc/self/status")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Budget:
     bytes : int
         The bound, in bytes.
     reason : str
-        Where the number comes from, for printing ("--ram 6GiB", "50% of 23.4 GiB RAM", ...).
+        Where the number comes from, for printing ("ram=6GiB", "50% of 23.4 GiB RAM", ...).
     """
 
     bytes: int
@@ -138,7 +140,7 @@ def parse_budget(text: str | int, machine: Machine | None = None) -> Budget:
         return _auto_budget(machine or _machine())
     share = _PERCENT.fullmatch(words)
     if share is None:
-        return Budget(parse_size(words), f"--ram {words}")
+        return Budget(parse_size(words), f"ram={words}")
     fraction = Fraction(share[1]) / 100
     if not 0 < fraction <= 1:
         raise BudgetError(f"{_quote(words)} of RAM is not above 0% and at most 100%; {_EXAMPLES}")
@@ -159,9 +161,7 @@ def _auto_budget(here: Machine) -> Budget:
             source += f" minus {format_bytes(others)} used by others" if others else ""
     reserve = min(max(_RESERVE_MIN, room // 20), room // 4)
     if room - reserve <= 0:
-        raise BudgetError(
-            f"no memory is left for --ram auto ({source}); stop other programs or give a size such as 2GiB"
-        )
+        raise BudgetError(f"no memory is left for ram=auto ({source}); stop other programs or give a size such as 2GiB")
     return Budget(room - reserve, f"auto: {source} minus a reserve of {format_bytes(reserve)}")
 
 
@@ -197,6 +197,11 @@ def format_bytes(n: int) -> str:
 def page_size() -> int:
     """Size of a memory page in bytes."""
     return mmap.PAGESIZE
+
+
+def huge_pages_unasked(setting: Path = _HUGE_PAGES) -> bool:
+    """Whether the kernel gives huge pages to whoever does not refuse them: then a page used brings its neighbours."""
+    return "[always]" in read_text(setting)
 
 
 def current_rss() -> int:

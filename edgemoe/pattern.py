@@ -9,6 +9,7 @@ scores of all criteria are kept beside it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -202,10 +203,14 @@ def merge(patterns: Sequence[Pattern], task: str) -> Pattern:
     Raises
     ------
     PatternError
-        If there is none, they are of different models or their rankings follow different criteria.
+        If there is none, one comes twice, they are of different models or their rankings follow different criteria.
     """
     if not patterns:
         raise PatternError(f"nothing to merge into task {task!r}; name the tasks it is to be made of")
+    counts = Counter(pattern.task for pattern in patterns)
+    twice = next((name for name, n in counts.items() if n > 1), None)
+    if twice is not None:
+        raise PatternError(f"task {twice} is given {counts[twice]} times, each counting its text again; name it once")
     first = patterns[0]
     for other in patterns[1:]:
         other.note_for(first.fingerprint)

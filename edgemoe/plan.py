@@ -32,6 +32,9 @@ COMPUTE_SHARE = 4
 TABLE_SHARE = 2
 """Rows of the token embedding are read as tokens need them where they may take one part in so many of the table."""
 
+BYTES_PER_CELL = 64
+"""llama.cpp's bookkeeping for each position of the KV cache (llama_kv_cells), and llama_cpp.Llama's array of tokens."""
+
 LEAST_ROWS = 64
 """Rows of the token embedding for a batch, however narrow it is: a text comes back to its words."""
 
@@ -97,7 +100,7 @@ class ExpertPlan:
     rows_bytes : int
         Memory for rows of the token embedding, whole pages; 0 where all of it is held, with the dense weights.
     floor_budget : int
-        The smallest ``--ram`` that would work for this context, bytes.
+        The smallest budget that would work for this context, bytes.
     resident_share : float
         Part of the experts that fits the arena, 0 to 1.
     prompt_mode : str
@@ -127,7 +130,7 @@ class ExpertPlan:
 
     @property
     def floor_mebibytes(self) -> int:
-        """That smallest ``--ram`` in whole MiB that are enough in every process."""
+        """That smallest budget in whole MiB that are enough in every process."""
         return safe_mebibytes(self.floor_budget)
 
     @property
@@ -212,6 +215,11 @@ def _divide(
         return _rows_bytes(table, shape.n_ubatch) if table else 0
 
     smallest_ctx = n_ctx or min(SMALLEST_CTX, max(index.context_length, 1))
+    if BYTES_PER_CELL * smallest_ctx > budget.bytes:  # asking llama.cpp about it would take as much
+        raise BudgetError(
+            f"{budget.reason} is too small for a context of {smallest_ctx:,} tokens, whose places in the cache take"
+            f" {format_bytes(BYTES_PER_CELL * smallest_ctx)}; give a smaller n_ctx"
+        )
     least = footprint(smallest_ctx, 1)
     floor_budget = _with_headroom(fixed + tables + least.total + rows_of(least) + pages.floor)
     if budget.bytes < floor_budget:
@@ -220,7 +228,7 @@ def _divide(
             f" with a context of {smallest_ctx} tokens (dense weights {format_bytes(dense + rows_of(least))},"
             f" Python and llama.cpp {format_bytes(process_bytes + set_aside)},"
             f" KV cache and buffers {format_bytes(least.total)}, experts {format_bytes(pages.floor)});"
-            f" give --ram {safe_mebibytes(floor_budget)}MiB" + (" or a smaller --ctx" if n_ctx else ""),
+            f" give ram={safe_mebibytes(floor_budget)}MiB" + (" or a smaller n_ctx" if n_ctx else ""),
             needed=floor_budget,
         )
 
@@ -401,12 +409,12 @@ def _notes(
     elif arena < index.token_cycle_bytes:
         yield (
             f"The arena is smaller than one token cycle ({format_bytes(index.token_cycle_bytes)}, the experts that one"
-            " token uses in all layers): most experts are read again for every token. More --ram helps a lot."
+            " token uses in all layers): most experts are read again for every token. More memory helps a lot."
         )
     elif arena < 2 * index.token_cycle_bytes:
         yield (
             f"The arena holds less than two token cycles (one is {format_bytes(index.token_cycle_bytes)}): expect many"
-            " misses. A little more --ram helps a lot."
+            " misses. A little more memory helps a lot."
         )
     if mode == "per-tensor":
         yield "A full prompt batch may select more experts than fit: they are then served one expert tensor at a time."

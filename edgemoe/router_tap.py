@@ -94,7 +94,7 @@ class RouterTap:
             if len(rows) != n_tokens:
                 raise TraceError(
                     f"layer {layer} of {self._index.path} routed {len(rows)} of {n_tokens} tokens by logits; tasks"
-                    " cannot be profiled with this architecture, use --experts all"
+                    " cannot be profiled with this architecture, use experts=all"
                 )
             if self._outputs and len(weights) != n_tokens:
                 raise TraceError(

@@ -180,7 +180,8 @@ def read_routes(path: Path) -> Routes:
         data = path.read_bytes()
         lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise TraceError(f"{path} cannot be read as a routing trace ({error}); give the .csv or .csv.gz") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise TraceError(f"{path} cannot be read as a routing trace ({reason}); give the .csv or .csv.gz") from error
     try:
         n_layer, n_expert, n_used = _shape(lines)
         table = np.array(list(_rows(lines)), dtype=np.int64).reshape(-1, len(_COLUMNS))

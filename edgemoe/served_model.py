@@ -180,7 +180,6 @@ class ServedLlama(PlainLlama):
 
     reset = _computing(PlainLlama.reset)
     sample = _computing(PlainLlama.sample, anew=False)
-    embed = _computing(PlainLlama.embed)
     save_state = _computing(PlainLlama.save_state, anew=False)
     load_state = _computing(PlainLlama.load_state)
 
@@ -198,12 +197,7 @@ class ServedLlama(PlainLlama):
                     f"{len(tokens)} tokens after {self.n_tokens} are more than the context of {self._n_ctx};"
                     " give fewer, or open the model with a larger n_ctx"
                 )
-            strange = next((token for token in tokens if not 0 <= token < self._n_vocab), None)
-            if strange is not None:
-                raise BackendError(
-                    f"{strange} is no token of {self.model_path}; give numbers from 0 to {self._n_vocab - 1},"
-                    " as `tokenize` does"
-                )
+            self._check_tokens(tokens)
             try:
                 super().eval(tokens)
             except BaseException:
@@ -211,6 +205,39 @@ class ServedLlama(PlainLlama):
                 if self._is_recurrent or self._is_hybrid:
                     self.reset()
                 raise
+
+    def detokenize(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> bytes:
+        """Give the text of tokens, as `llama_cpp.Llama.detokenize`.
+
+        Raises
+        ------
+        BackendError
+            When one is not of the vocabulary.
+        """
+        self._check_tokens(tokens)
+        text: bytes = super().detokenize(tokens, *args, **kwargs)
+        return text
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        strange = next((token for token in tokens if not 0 <= token < self._n_vocab), None)
+        if strange is not None:
+            raise BackendError(
+                f"{strange} is no token of {self.model_path}; give numbers from 0 to {self._n_vocab - 1},"
+                " as `tokenize` does"
+            )
+
+    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """Embed texts, as `llama_cpp.Llama.embed`.
+
+        Raises
+        ------
+        BackendError
+            When one is empty.
+        """
+        if not input or not all(input):
+            raise BackendError("there is nothing to embed in an empty text; leave it out")
+        with self._use.computing(anew=True):
+            return super().embed(input, *args, **kwargs)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`."""
@@ -376,15 +403,26 @@ def _interruptible(store: ExpertStore) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting(store: ExpertStore, on_progress: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Report the dense bytes read while llama.cpp loads; its own callback only sees tensors that it reads itself."""
+    """Report the dense bytes read while llama.cpp loads; its own callback only sees tensors that it reads itself.
+
+    Raises
+    ------
+    Exception
+        What `on_progress` raised, which ends the loading.
+    """
     if on_progress is None:
         yield
         return
     loaded = threading.Event()
+    raised: list[Exception] = []
 
     def report() -> None:
-        while not loaded.wait(0.05):
-            on_progress(store.stats().dense_bytes, store.load_bytes)
+        try:
+            while not loaded.wait(0.05):
+                on_progress(store.stats().dense_bytes, store.load_bytes)
+        except Exception as error:
+            raised.append(error)
+            store.session.interrupt()
 
     thread = threading.Thread(target=report, name="edgemoe-progress")
     thread.start()
@@ -393,4 +431,6 @@ def reporting(store: ExpertStore, on_progress: Callable[[int, int], None] | None
     finally:
         loaded.set()
         thread.join()
+        if raised:
+            raise raised[0]
         on_progress(store.stats().dense_bytes, store.load_bytes)

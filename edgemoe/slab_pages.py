@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgemoe.index import ExpertIndex
-from edgemoe.memory import page_size
+from edgemoe.memory import huge_pages_unasked, page_size
 
 __all__ = ["SlabPages", "pages_of_one"]
 
@@ -55,13 +55,14 @@ class SlabPages:
 
         ggml-cpu.c, ggml_compute_forward_mul_mat_id: for each expert, here for each slot, a counter of 8 bytes, a cache
         line, and a place of 8 bytes for each row that a batch has (tokens times experts used), of which only those that
-        chose the expert, one a token at most, are written to. In the course of time each slot's are.
+        chose the expert, one a token at most, are written to. In the course of time each slot's are. Where the kernel
+        gives huge pages unasked, all of it is memory.
         """
         if not self.in_slots(arena):
             return 0
         n_slots = arena // min(self.of_one_expert())
         place = 8 * n_ubatch * max(self._used.values())
-        written = (-(-8 * n_ubatch // page_size()) + 1) * page_size()
+        written = place if huge_pages_unasked() else (-(-8 * n_ubatch // page_size()) + 1) * page_size()
         return n_slots * (72 + min(place, written)) + page_size() - (self.total - arena) // 512
 
     def whole(self, n_ubatch: int) -> int:

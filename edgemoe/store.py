@@ -337,7 +337,7 @@ def memory_use(symbols: Mapping[str, int], llama_context: int) -> tuple[int, int
 def choose_io(index: ExpertIndex, io: str) -> tuple[str, str]:
     """Settle the I/O mode by a probe on each part of the model: ``(mode, reason)``."""
     if io not in IO_MODES:
-        raise StoreError(f"io {io} is unknown; give one of {', '.join(IO_MODES)}")
+        raise StoreError(f"io={io} is unknown; give one of {', '.join(IO_MODES)}")
     if io in ("mmap", "pread"):
         return io, "asked for"
     for number, path in enumerate(index.files):
@@ -346,7 +346,7 @@ def choose_io(index: ExpertIndex, io: str) -> tuple[str, str]:
             works, why = _native.probe_direct(os.fspath(path), offset)
         if not works:
             if io == "direct":
-                raise StoreError(f"io direct cannot read {path}: {why}; use io auto")
+                raise StoreError(f"io=direct cannot read {path}: {why}; use io=auto")
             return "mmap", why
     return "direct", "O_DIRECT reads of the file give its own bytes"
 

@@ -173,9 +173,9 @@ class TaskMode:
             if self.mode == "task" and wanted < least:
                 needed = budget_holding(plan, least, plan_within)
                 raise BudgetError(
-                    f"--experts task holds at least {format_bytes(least)} of experts, as many as routing needs in all"
-                    f" layers, but {plan.budget.reason} leaves {format_bytes(plan.arena_bytes)}; give --ram"
-                    f" {needed // MIB}MiB, or --experts auto",
+                    f"experts=task holds at least {format_bytes(least)} of experts, as many as routing needs in all"
+                    f" layers, but {plan.budget.reason} leaves {format_bytes(plan.arena_bytes)}; give"
+                    f" ram={needed // MIB}MiB, or experts=auto",
                     needed=needed,
                 )
         else:
@@ -184,8 +184,8 @@ class TaskMode:
             if wanted > plan.arena_bytes and not everything_fits:
                 needed = budget_holding(plan, wanted, plan_within)
                 raise BudgetError(
-                    f"--keep {self._keep} takes {format_bytes(wanted)} of experts, but {plan.budget.reason} leaves"
-                    f" {format_bytes(plan.arena_bytes)}; give --ram {needed // MIB}MiB, or keep fewer",
+                    f"keep={self._keep} takes {format_bytes(wanted)} of experts, but {plan.budget.reason} leaves"
+                    f" {format_bytes(plan.arena_bytes)}; give ram={needed // MIB}MiB, or keep fewer",
                     needed=needed,
                 )
         self._budget = ExpertBudget(n_bytes=wanted)
@@ -201,10 +201,10 @@ class TaskMode:
         if math.ceil(chosen.mean_kept) >= safe:
             return
         needed = budget_holding(plan, sum(self._layers.expert_bytes) * safe, plan_within)
-        more = f" with --ram {needed // MIB}MiB" if needed > plan.budget.bytes else ""
+        more = f" with ram={needed // MIB}MiB" if needed > plan.budget.bytes else ""
         raise BudgetError(
             f"{chosen} experts are too few for task {task}: fewer than {safe} of {chosen.n_expert} in a layer were"
-            f" measured to cost more than {SAFE_CHANGE:.0%} perplexity; keep {safe}{more}, or give --experts auto",
+            f" measured to cost more than {SAFE_CHANGE:.0%} perplexity; keep {safe}{more}, or give experts=auto",
             needed=needed,
         )
 
@@ -318,12 +318,12 @@ def open_tasks(
         If the options contradict each other or the model.
     """
     if experts not in ("all", *MODES):
-        raise BudgetError(f"--experts {experts} is unknown; give all, task or auto")
+        raise BudgetError(f"experts={experts} is unknown; give all, task or auto")
     if experts != "task" and keep is not None:
-        raise BudgetError(f"--keep {keep} limits the experts, which --experts {experts} does not; give --experts task")
+        raise BudgetError(f"keep={keep} limits the experts, which experts={experts} does not; give experts=task")
     if experts == "all":
         if task is not None:
-            raise BudgetError(f"--task {task} says nothing with --experts all; give --experts task or auto")
+            raise BudgetError(f"task={task} says nothing with experts=all; give experts=task or experts=auto")
         return None
     kept = None if keep is None else Keep.parse(keep)
     layers = replace(ExpertLayers.of(index), expert_bytes=expert_pages(index))
@@ -331,7 +331,7 @@ def open_tasks(
         layers = layers.activating(kept.k)
     if kept is not None and not max(layers.floor) <= kept.m <= index.n_expert:
         raise BudgetError(
-            f"--keep {keep} cannot be: {index.name} has {index.n_expert} experts in a layer and needs at least"
+            f"keep={keep} cannot be: {index.name} has {index.n_expert} experts in a layer and needs at least"
             f" {max(layers.floor)} of them; give a number between"
         )
     store = PatternStore(fingerprint(index), None if folder is None else Path(folder))

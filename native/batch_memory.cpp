@@ -12,7 +12,12 @@ bool BatchMemory::give_back(uint64_t least) const {
     }
     const auto base = reinterpret_cast<uintptr_t>(buffer->iface.get_base(buffer));
     const uintptr_t first = page_ceil(base), end = page_floor(base + buffer->size);
-    return first < end && discard(reinterpret_cast<std::byte*>(first), end - first);
+    if (first >= end) {
+        return false;
+    }
+    auto* const memory = reinterpret_cast<std::byte*>(first);
+    use_small_pages(memory, end - first);  // of which a token touches few, where huge ones would be all of it
+    return discard(memory, end - first);
 }
 
 }  // namespace edgemoe

@@ -129,7 +129,7 @@ void ExpertStore::bring(int layer, uint32_t parts, const std::vector<int32_t>& e
                 }
                 if (!make_room(tensor, entry - its.first_entry)) {
                     throw SystemError("the selected experts of one layer need more than the arena of " +
-                                      std::to_string(arena_bytes_) + " bytes; raise --ram or lower --ubatch");
+                                      std::to_string(arena_bytes_) + " bytes; raise the budget or lower n_ubatch");
                 }
                 add(entry, part);
             }
@@ -294,7 +294,8 @@ void ExpertStore::seek_victims(int layer) {
     sought_layer_ = layer;
 }
 
-// The layer's router has spoken, or was asked anew: what it did not choose need not come any more.
+// The layer's router has spoken, or was asked anew: what it did not choose need not come any more, but for the rest of
+// a layer where all fit.
 void ExpertStore::settle_expectations(int layer, const std::vector<int32_t>& still) {
     const auto its = std::stable_partition(expected_.begin(), expected_.end(), [&](int32_t entry) {
         return entries_[entry].layer != layer ||
@@ -302,7 +303,7 @@ void ExpertStore::settle_expectations(int layer, const std::vector<int32_t>& sti
     });
     for (auto entry = its; entry != expected_.end(); ++entry) {
         entries_[*entry].expected = false;
-        if (entries_[*entry].pinned == 0 && entries_[*entry].unused) {
+        if (!all_fit_ && entries_[*entry].pinned == 0 && entries_[*entry].unused) {
             take_back(*entry);
         }
     }

@@ -142,7 +142,7 @@ class ExpertStore {
     void stop_reading() { lanes_.drain(); }  // nothing is written to any place when it returns
     // Likely to be asked for soon, likeliest first, instead of what was expected of this layer before. Only as many as
     // have room beside what is in use; those that are there stay until their layer is asked for. Layers that come
-    // sooner are read first. A guess that was wrong is no use: it leaves as if it had never come.
+    // sooner are read first. A guess that was wrong is no use: it leaves as if it had never come, unless all fit.
     void expect(int layer, const std::vector<int32_t>& experts);
     // Ahead of any use: all parts of these experts. Not counted as hits or misses. Those that are preferred leave for
     // them only where nobody else is left, so that a set that fits is there as a whole once its layers are warm.

@@ -239,16 +239,37 @@ void use_small_pages(std::byte* base, size_t n) {
 #endif
 }
 
+namespace {
+
+// What a file of the kernel's says.
+size_t number_in(const char* path, size_t otherwise) {
+    size_t n = otherwise;
+    if (std::FILE* file = std::fopen(path, "r")) {
+        if (std::fscanf(file, "%zu", &n) != 1) {
+            n = otherwise;
+        }
+        std::fclose(file);
+    }
+    return n;
+}
+
+}  // namespace
+
+size_t huge_page_size() {
+    static const size_t size = number_in("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", size_t{2} << 20);
+    return size;
+}
+
 std::byte* next_huge_page(std::byte* from) {
     const auto at = reinterpret_cast<uintptr_t>(from);
-    return reinterpret_cast<std::byte*>((at + kHugePage - 1) / kHugePage * kHugePage);
+    return reinterpret_cast<std::byte*>((at + huge_page_size() - 1) / huge_page_size() * huge_page_size());
 }
 
 void use_huge_pages(std::byte* base, size_t n) {
 #if defined(MADV_HUGEPAGE)
     std::byte* const first = next_huge_page(base);
     if (first < base + n) {
-        ::madvise(first, static_cast<size_t>(base + n - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+        ::madvise(first, static_cast<size_t>(base + n - first) / huge_page_size() * huge_page_size(), MADV_HUGEPAGE);
     }
 #else
     static_cast<void>(base);
@@ -285,14 +306,7 @@ bool move_pages(std::byte* from, std::byte* to, size_t n) {
 }
 
 size_t most_memory_areas() {
-    size_t n = 65530;  // Linux's default
-    if (std::FILE* file = std::fopen("/proc/sys/vm/max_map_count", "r")) {
-        if (std::fscanf(file, "%zu", &n) != 1) {
-            n = 65530;
-        }
-        std::fclose(file);
-    }
-    return n;
+    return number_in("/proc/sys/vm/max_map_count", 65530);  // Linux's default
 }
 
 void populate(std::byte* base, size_t n, const std::string& path) {

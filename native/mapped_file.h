@@ -72,8 +72,9 @@ void reserve_over(std::byte* base, size_t n);
 // Small pages only: a huge page would commit its neighbours' memory too.
 void use_small_pages(std::byte* base, size_t n);
 
-constexpr uint64_t kHugePage = uint64_t{2} << 20;  // on x86-64 and most of aarch64; larger ones begin at some of these
-std::byte* next_huge_page(std::byte* from);        // `from` itself, if one begins there
+// 2 MiB on x86-64, as much as 512 MiB where pages are of 64 KiB.
+size_t huge_page_size();
+std::byte* next_huge_page(std::byte* from);  // `from` itself, if one begins there
 
 // Huge pages where the system has them to spare and they lie wholly in [base, base + n). One is committed whole as soon
 // as any of it is used.

@@ -79,7 +79,7 @@ void BusErrorGuard::watch(std::byte* base, size_t n) {
             return;
         }
     }
-    throw SystemError("too many models are open in mmap mode at once; close one, or use --io pread");
+    throw SystemError("too many models are open in mmap mode at once; close one, or use io=pread");
 }
 
 bool BusErrorGuard::faulted() const {

@@ -148,7 +148,7 @@ std::vector<size_t> Skipping::skippable(const std::vector<double>& shares, const
 
 std::string Skipping::refusal(int layer) {
     return "layer " + std::to_string(layer) +
-           " does not weigh its experts before they compute, so none can be skipped; leave --skip-mass out";
+           " does not weigh its experts before they compute, so none can be skipped; leave skip_mass out";
 }
 
 }  // namespace edgemoe

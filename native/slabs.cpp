@@ -15,7 +15,7 @@ int Slabs::add_file(const std::string& path) {
     auto file = std::make_unique<MappedFile>(path);
     std::string why;
     if (io_ == Io::direct && !file->open_direct(why)) {
-        throw SystemError(path + ": " + why + "; use --io auto");
+        throw SystemError(path + ": " + why + "; use io=auto");
     }
     files_.push_back(std::move(file));
     return static_cast<int>(files_.size()) - 1;

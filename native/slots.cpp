@@ -17,7 +17,7 @@ void Slots::clear() {
     for (const Kind& kind : kinds_) {
         for (const Part& part : kind.parts) {
             if (part.memory != nullptr) {
-                release_memory(part.memory, part.stride * kind.n_slots + kHugePage);
+                release_memory(part.memory, part.stride * kind.n_slots + huge_page_size());
             }
         }
     }
@@ -40,11 +40,11 @@ void Slots::lay_out(const Slabs& slabs, uint64_t arena_bytes, uint64_t lent_byte
         kind.n_slots = std::max(n_own[i], n_slots[i]);
         for (Part& part : kind.parts) {
             const uint64_t n = part.stride * kind.n_slots, own = part.stride * kind.n_own;
-            part.memory = reserve_memory(n + kHugePage);
+            part.memory = reserve_memory(n + huge_page_size());
             part.first = next_huge_page(part.memory);
             // None reaches beyond the last slot, or from the own ones to those that are borrowed, whatever the system
             // does where it is not asked.
-            use_small_pages(part.memory, n + kHugePage);
+            use_small_pages(part.memory, n + huge_page_size());
             use_huge_pages(part.first, own);
             use_huge_pages(part.first + own, n - own);
         }

@@ -22,7 +22,7 @@ std::vector<Pages> TableRows::take(const std::vector<int32_t>& rows) {
     pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
     if (pages.size() * page_size() > most_bytes_) {
         throw SystemError("the rows that one batch needs of a table take more than the " + std::to_string(most_bytes_) +
-                          " bytes set aside for them; lower --ubatch");
+                          " bytes set aside for them; lower n_ubatch");
     }
     std::vector<Pages> missing;
     for (const uintptr_t page : pages) {

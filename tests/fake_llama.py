@@ -18,7 +18,7 @@ from edgemoe.store import StoreStats
 MIB = 1 << 20
 
 PLAN = ExpertPlan(
-    budget=Budget(100 * MIB, "--ram 100MiB"),
+    budget=Budget(100 * MIB, "ram=100MiB"),
     lines=(PlanLine("dense weights", 60 * MIB, "every token"), PlanLine("expert arena", 40 * MIB, "half of them")),
     n_ctx=64,
     n_ubatch=32,

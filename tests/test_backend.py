@@ -224,6 +224,14 @@ def test_progress_of_loading_is_reported() -> None:
 # ---------------------------------------------------------------- failures
 
 
+def test_what_a_callback_raises_ends_the_loading() -> None:
+    def fail(done: int, total: int) -> None:
+        raise ValueError("nobody looks")
+
+    with pytest.raises(ValueError, match="nobody looks"):
+        Llama(str(TINY_MOE), ram="1GiB", on_progress=fail, **SETTINGS)
+
+
 def test_another_version_of_llama_cpp_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.3.35")
     with pytest.raises(BackendError, match=r"0\.3\.35 is installed.*pip install llama-cpp-python==0\.3\.36"):
@@ -256,7 +264,7 @@ def test_what_contradicts_a_budget_is_refused(option: dict[str, Any]) -> None:
 
 
 def test_unknown_io_mode() -> None:
-    with pytest.raises(StoreError, match=r"^io uring is unknown; give one of auto, direct, mmap, pread$"):
+    with pytest.raises(StoreError, match=r"^io=uring is unknown; give one of auto, direct, mmap, pread$"):
         Llama(str(TINY_MOE), ram="1GiB", io="uring", **SETTINGS)
 
 

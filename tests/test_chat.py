@@ -3,12 +3,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 from fake_llama import MIB, FakeLlama
 
 from edgemoe import chat
-from edgemoe.chat import ChatSession, Sampling, complete
+from edgemoe.chat import LONGEST_TOKEN, ChatSession, Sampling, complete
 from edgemoe.errors import PromptError, StoreError
 
 SAMPLING = Sampling(max_tokens=None, temperature=0.0, seed=7)
@@ -217,10 +218,20 @@ def test_question_longer_than_the_context() -> None:
     talk = session(llama)
     talk.ask("q1").drain()
     with pytest.raises(
-        PromptError, match=r"^the prompt has 22 tokens, but the context holds 16 with the answer; .*--ctx"
+        PromptError, match=r"^the prompt has 22 tokens, but the context holds 16 with the answer; .*n_ctx"
     ):
         talk.ask("word " * 20)
     assert [turn["content"] for turn in talk.turns] == ["q1", "a1"]
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda llama, text: session(llama).ask(text), lambda llama, text: complete(llama, text, SAMPLING)]
+)
+def test_text_that_cannot_fit_is_not_tokenized(ask: Any) -> None:
+    llama = FakeLlama(["a"], n_ctx=16)
+    said = r"^the prompt has more than 16 tokens, but the context holds 16"
+    with mock.patch.object(llama, "tokenize", side_effect=AssertionError), pytest.raises(PromptError, match=said):
+        ask(llama, "x" * 16 * LONGEST_TOKEN)
 
 
 def test_question_that_leaves_little_room_is_tried() -> None:

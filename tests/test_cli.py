@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ import click.testing
 import pytest
 from plain_llama import TINY_MOE, plain_llama
 
-from edgemoe.cli import VERBS, main
+from edgemoe.cli import VERBS, main, options
 from edgemoe.cli.inspect import summary
+from edgemoe.errors import PromptError
 from edgemoe.index import read_index
 
 RAM = "96MiB"
@@ -379,3 +381,14 @@ def test_file_cut_short_while_talking(tmp_path: Path) -> None:
     assert chat.returncode == 1
     assert error.startswith(f"edgemoe: the model file {model} was changed while in use")
     assert error.count("\n") == 1
+
+
+def test_endless_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "LONGEST_INPUT", 4)
+    for text in (b"1234", b"12345", b"1" * 99):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        if len(text) == 4:
+            assert options.read_prompt(None) == "1234"
+            continue
+        with pytest.raises(PromptError, match=r"^standard input has more than .* give a shorter prompt$"):
+            options.read_prompt(None)

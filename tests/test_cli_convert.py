@@ -122,7 +122,7 @@ def test_align_in_the_order_of_a_task(model: Path, store: Path, tmp_path: Path) 
     result = edgemoe("convert", *arguments)
     assert result.exit_code == 0
     assert f"tasks of {model} do not fit this file" in result.stderr
-    assert verify(model, output).renumbered
+    assert verify(model, output).kept
     new_store = tmp_path / "new"
     assert edgemoe("tasks", "import", output, tmp_path / "ordered-code.pattern", "--store", new_store).exit_code == 0
     assert PatternStore(fingerprint(read_index(output)), new_store).load("code").criterion == "peu"
@@ -165,7 +165,7 @@ def test_verify(model: Path, tmp_path: Path) -> None:
 def test_verify_for_programs(model: Path, tmp_path: Path) -> None:
     result = edgemoe("convert", "verify", model, model, "--json")
     found: dict[str, Any] = json.loads(result.stdout)
-    assert (result.exit_code, found["same"], found["keys"], found["renumbered"]) == (0, True, [], False)
+    assert (result.exit_code, found["same"], found["keys"], found["kept"]) == (0, True, [], None)
     assert found["tensors"][0] == {
         "name": "token_embd.weight",
         "types": ["F32", "F32"],

@@ -68,6 +68,16 @@ def test_the_commands_of_the_guide_to_skipping_run(folder: Path) -> None:
     assert run_commands("skip-mass.md", folder) == 2
 
 
+def test_the_blocks_of_the_guide_to_python_run(folder: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "is too small for model.gguf" in done.stdout and "What is a function?" in done.stdout
+
+
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):

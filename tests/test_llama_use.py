@@ -20,7 +20,9 @@ from plain_llama import TINY_MOE, logits
 from tiny_patterns import stored_patterns
 
 from edgemoe.backend import Llama, plan_model
+from edgemoe.dry_run import plan_for
 from edgemoe.errors import BackendError
+from edgemoe.index import read_index
 from edgemoe.plan import PlanLine
 from edgemoe.store import Tuning
 
@@ -222,7 +224,9 @@ def test_the_same_thread_may_begin_anew_and_the_old_stream_says_so(ours: Llama) 
     old = ours("An unfinished", max_tokens=20, stream=True)
     next(old)
     assert text_of(ours(PROMPT, max_tokens=8, temperature=0.0)) == alone
-    with pytest.raises(BackendError, match=r"^the model has evaluated something else since; ask for this answer again$"):
+    with pytest.raises(
+        BackendError, match=r"^the model has evaluated something else since; ask for this answer again$"
+    ):
         next(old)
     assert text_of(ours(PROMPT, max_tokens=8, temperature=0.0)) == alone
 
@@ -293,7 +297,9 @@ def test_a_fork_says_that_the_model_is_not_its_own() -> None:
     program = f"""
 import gc, os, signal, warnings
 from edgemoe import Llama
+from edgemoe.dry_run import plan_for
 from edgemoe.errors import BackendError
+from edgemoe.index import read_index
 warnings.simplefilter("ignore")  # forks of processes with threads
 llama = Llama({str(TINY_MOE)!r}, ram="90MiB", n_threads=1)
 before = llama("hi", max_tokens=4, temperature=0.0)["choices"][0]["text"]
@@ -383,12 +389,15 @@ def test_a_copy_is_given_what_the_first_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"n_ctx": -5}, r"^n_ctx=-5 cannot be; give a whole number from 0 on, or leave it out$"),
-        ({"n_ctx": "512"}, r"^n_ctx='512' cannot be; give a whole number from 0 on, or leave it out$"),
-        ({"n_ubatch": 0}, r"^n_ubatch=0 cannot be; give a whole number from 1 on, or leave it out$"),
-        ({"n_batch": 0}, r"^n_batch=0 cannot be; give a whole number from 1 on, or leave it out$"),
-        ({"n_threads": -3}, r"^n_threads=-3 cannot be; give a whole number from 0 on, or leave it out$"),
-        ({"n_threads_batch": 1.5}, r"^n_threads_batch=1\.5 cannot be; give a whole number from 0 on"),
+        ({"n_ctx": -5}, r"^n_ctx=-5 cannot be; give a whole number from 0 to 16777216, or leave it out$"),
+        ({"n_ctx": "512"}, r"^n_ctx='512' cannot be; give a whole number from 0 to 16777216, or leave it out$"),
+        ({"n_ubatch": 0}, r"^n_ubatch=0 cannot be; give a whole number from 1 to 16777216, or leave it out$"),
+        ({"n_batch": 0}, r"^n_batch=0 cannot be; give a whole number from 1 to 16777216, or leave it out$"),
+        ({"n_ctx": 10**30}, r"^n_ctx=10{30} cannot be; give a whole number from 0 to 16777216, or leave it out$"),
+        ({"n_ctx": True}, r"^n_ctx=True cannot be"),
+        ({"n_threads": 513}, r"^n_threads=513 cannot be; give a whole number from 0 to 512"),
+        ({"n_threads": -3}, r"^n_threads=-3 cannot be; give a whole number from 0 to 512, or leave it out$"),
+        ({"n_threads_batch": 1.5}, r"^n_threads_batch=1\.5 cannot be; give a whole number from 0 to 512"),
         ({"tuning": "x"}, r"^tuning='x' is no edgemoe\.store\.Tuning; leave it out, or give one$"),
         ({"expert": "task"}, r"^there is no option expert; did you mean experts\?$"),
         ({"n_thread": 4}, r"^there is no option n_thread; did you mean n_threads\?$"),
@@ -406,6 +415,12 @@ def test_a_plan_refuses_them_too(option: dict[str, Any]) -> None:
         plan_model(TINY_MOE, "1GiB", **option)
 
 
+def test_threads_are_counted() -> None:
+    index = read_index(TINY_MOE)
+    few, many = (plan_for(index, "1GiB", 64, None, {"n_threads": n}).bytes_of("Python and libraries") for n in (2, 402))
+    assert many - few == pytest.approx(400 * (32 << 10), abs=2 << 20)  # what this process holds changes, too
+
+
 def test_what_stands_for_the_default_is_taken() -> None:
     given = {"n_ctx": np.int64(64), "n_ubatch": None, "n_threads": 0, "n_threads_batch": None}
     with Llama(str(TINY_MOE), ram="1GiB", **given) as llama:
@@ -420,6 +435,20 @@ def test_a_token_that_is_none(ours: Llama, token: int) -> None:
     with pytest.raises(BackendError, match=rf"^{token} is no token of .*; give numbers from 0 to 4095, as `tokenize`"):
         ours.eval([7, token])
     assert ours.n_tokens == 2
+
+
+@pytest.mark.parametrize("token", [999_999, 4096, -1])
+def test_a_token_that_is_none_has_no_text(ours: Llama, token: int) -> None:
+    with pytest.raises(BackendError, match=rf"^{token} is no token of "):
+        ours.detokenize([5, token])
+
+
+@pytest.mark.parametrize("text", ["", [], ["hi", ""]])
+def test_nothing_is_not_embedded(text: Any) -> None:
+    with Llama(str(TINY_MOE), embedding=True, **SETTINGS) as llama:
+        with pytest.raises(BackendError, match="nothing to embed in an empty text"):
+            llama.embed(text)
+        assert len(llama.embed("hi")) > 0
 
 
 def test_more_tokens_than_the_context_holds(ours: Llama) -> None:

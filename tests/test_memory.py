@@ -15,6 +15,7 @@ from edgemoe.memory import (
     Machine,
     current_rss,
     format_bytes,
+    huge_pages_unasked,
     machine,
     page_size,
     parse_budget,
@@ -47,7 +48,7 @@ BIG = Machine(total=64 * GIB, available=40 * GIB)
 )
 def test_sizes(text: str, expected: int) -> None:
     assert parse_size(text) == expected
-    assert parse_budget(text) == Budget(expected, f"--ram {text.strip()}")
+    assert parse_budget(text) == Budget(expected, f"ram={text.strip()}")
 
 
 JUNK = [
@@ -84,7 +85,7 @@ def test_numbers_that_are_no_budget(number: int) -> None:
 
 
 def test_a_number_is_bytes() -> None:
-    assert parse_budget(123_456_789) == Budget(123_456_789, "--ram 123456789")
+    assert parse_budget(123_456_789) == Budget(123_456_789, "ram=123456789")
 
 
 def test_a_share_is_of_ram_or_of_a_lower_cgroup_limit() -> None:
@@ -305,3 +306,13 @@ def test_importing_memory_is_cheap() -> None:
     heavy = "numpy psutil gguf llama_cpp"
     code = f"import sys, edgemoe.memory; sys.exit(any(m in sys.modules for m in {heavy.split()!r}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "unasked"), [("[always] madvise never", True), ("always [madvise] never", False), (None, False)]
+)
+def test_who_gets_huge_pages(text: str | None, unasked: bool, tmp_path: Path) -> None:
+    setting = tmp_path / "enabled"
+    if text is not None:
+        setting.write_text(text + "\n")
+    assert huge_pages_unasked(setting) == unasked

@@ -86,23 +86,36 @@ def test_merging_weighs_by_tokens() -> None:
 
 def test_merging_is_associative() -> None:
     parts = [tiny_pattern(task, n_tokens=n, seed=n) for task, n in (("a", 100), ("b", 220), ("c", 330))]
-    left = merge([merge(parts[:2], "x"), parts[2]], "all")
-    assert left.sources == merge(parts, "all").sources
-    np.testing.assert_allclose(left.scores["peu"], merge(parts, "all").scores["peu"], rtol=1e-5, atol=1e-6)
+    left = merge([merge(parts[:2], "x"), parts[2]], "every")
+    assert left.sources == merge(parts, "every").sources
+    np.testing.assert_allclose(left.scores["peu"], merge(parts, "every").scores["peu"], rtol=1e-5, atol=1e-6)
+
+
+def test_no_text_counts_twice() -> None:
+    one = tiny_pattern("one", tiny_model())
+    with pytest.raises(PatternError, match=r"^task one is given 2 times, each counting its text again; name it once$"):
+        merge([one, one], "both")
+
+
+@pytest.mark.parametrize("name", ["all", "auto"])
+def test_words_of_the_conversation_are_no_task_names(name: str) -> None:
+    with pytest.raises(PatternError, match=rf"^{name} cannot be a task's name, .* use {name}-tasks$"):
+        check_task_name(name)
+    check_task_name(f"{name}-tasks")
 
 
 def test_what_cannot_be_merged() -> None:
     model = tiny_model()
     peu = tiny_pattern("maths", model)
     reap = tiny_pattern("law", model, scores={"reap": random_scores(model), "frequency": random_scores(model)})
-    with pytest.raises(PatternError, match="nothing to merge into task 'all'"):
-        merge([], "all")
+    with pytest.raises(PatternError, match="nothing to merge into task 'both'"):
+        merge([], "both")
     with pytest.raises(PatternError, match="ranked by peu and task 'law' by reap"):
-        merge([peu, reap], "all")
+        merge([peu, reap], "both")
     with pytest.raises(PatternMismatchError):
-        merge([peu, tiny_pattern("law", tiny_model(router="d"))], "all")
+        merge([peu, tiny_pattern("law", tiny_model(router="d"))], "both")
     only_peu = tiny_pattern("code", model, scores={"peu": random_scores(model)})
-    assert merge([peu, only_peu], "all").scores.keys() == {"peu"}
+    assert merge([peu, only_peu], "both").scores.keys() == {"peu"}
 
 
 def test_of_many_documents_an_even_sample_is_kept() -> None:

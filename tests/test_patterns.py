@@ -107,7 +107,7 @@ def test_merging_saves_the_result(store: PatternStore) -> None:
     assert [source.task for source in merged.sources] == ["maths", "law"]
     assert encode(store.load("both")) == encode(merged)
     with pytest.raises(PatternError, match="no task 'physics'"):
-        store.merge(["maths", "physics"], "all")
+        store.merge(["maths", "physics"], "another")
     with pytest.raises(PatternError, match="use all-of-it"):
         store.merge(["maths"], "All of it")
 

@@ -44,7 +44,7 @@ def footprint(n_ctx: int, n_ubatch: int) -> Footprint:
 
 
 def plan(mebibytes: float, n_ctx: int | None = None, n_ubatch: int | None = None) -> ExpertPlan:
-    budget = Budget(int(mebibytes * MIB), f"--ram {mebibytes}MiB")
+    budget = Budget(int(mebibytes * MIB), f"ram={mebibytes}MiB")
     return make_plan(INDEX, budget, footprint, PROCESS, n_ctx, n_ubatch)
 
 
@@ -92,10 +92,10 @@ def test_the_floor_is_exact() -> None:
 
 def test_the_refusal_names_the_number_that_would_do() -> None:
     with pytest.raises(
-        BudgetError, match=r"--ram 10MiB is too small for tiny-moe-q4_k_m\.gguf: at least .* give --ram \d+MiB$"
+        BudgetError, match=r"ram=10MiB is too small for tiny-moe-q4_k_m\.gguf: at least .* give ram=\d+MiB$"
     ):
         plan(10)
-    with pytest.raises(BudgetError, match=r"or a smaller --ctx$"):
+    with pytest.raises(BudgetError, match=r"or a smaller n_ctx$"):
         plan(10, n_ctx=512)
 
 
@@ -165,6 +165,14 @@ def test_the_budget_for_more_experts_holds_them(
         assert here.arena_bytes < wanted and within(named, PROCESS + MIB // 5).arena_bytes >= wanted
 
 
+def test_a_context_beyond_the_budget_is_not_even_asked_about() -> None:
+    def ask(n_ctx: int, n_ubatch: int) -> Footprint:
+        raise AssertionError
+
+    with pytest.raises(BudgetError, match=r"too small for a context of 2,000,000 tokens, .* give a smaller n_ctx$"):
+        make_plan(INDEX, Budget(100 * MIB, "ram=100MiB"), ask, PROCESS, 2_000_000)
+
+
 def test_kernel_scratch_follows_ggml() -> None:
     index: ExpertIndex = INDEX
     # 512 tokens x 4 experts x 256 wide at 2 bytes, and 8 bytes for each of 32 experts and slot, and a mebibyte.
@@ -228,7 +236,7 @@ def test_what_is_kept_of_qwen3_30b_a3b(kept: int, billions: float, gigabytes: fl
     assert n_expert_bytes == chosen.n_kept * 3 * 2048 * 768 * 34 // 32
     # A budget that leaves the arena room for so many, page by page, and not for one more of each layer.
     pages = replace(layers, expert_bytes=expert_pages(index))
-    budget = Budget(PROCESS + index.dense_bytes + n_expert_bytes + (1 << 30), "--ram")
+    budget = Budget(PROCESS + index.dense_bytes + n_expert_bytes + (1 << 30), "ram")
     arena = make_plan(index, budget, footprint, PROCESS, 512, 16).arena_bytes
     solved = uniform(scores, pages, ExpertBudget(n_bytes=arena))
     # Counted one by one, all experts together take more pages than they do: neighbours share theirs.
@@ -245,7 +253,7 @@ def test_token_embedding_is_read_by_rows_until_all_experts_fit(tmp_path: Path) -
     assert table.row_bytes * table.shape[1] == table.n_bytes
 
     def at(n_bytes: int, n_ubatch: int | None = None) -> ExpertPlan:
-        return make_plan(index, Budget(n_bytes, "--ram"), footprint, PROCESS, 512, n_ubatch)
+        return make_plan(index, Budget(n_bytes, "ram"), footprint, PROCESS, 512, n_ubatch)
 
     small = at(4 << 30)
     # Two batches of rows that each straddle a page.
@@ -273,8 +281,8 @@ def test_small_and_tied_embeddings_are_held(tmp_path: Path) -> None:
     write_tiny_model(path, "qwen3moe")
     index = read_index(path)
     assert index.token_table is not None
-    everything = make_plan(index, Budget(1 << 30, "--ram"), footprint, PROCESS, 64, 8)
-    small = make_plan(index, Budget(everything.floor_budget, "--ram"), footprint, PROCESS, 64, 8)
+    everything = make_plan(index, Budget(1 << 30, "ram"), footprint, PROCESS, 64, 8)
+    small = make_plan(index, Budget(everything.floor_budget, "ram"), footprint, PROCESS, 64, 8)
     assert small.resident_share < 1
     assert small.rows_bytes == 0
 
@@ -284,14 +292,14 @@ def test_what_slots_take_of_llama_cpp_is_planned_for_exactly_where_experts_are_i
     path = tmp_path / "model.gguf"
     write_tiny_model(path, "qwen3moe")
     index, pages = read_index(path), SlabPages(read_index(path))
-    everything = make_plan(index, Budget(1 << 30, "--ram"), footprint, PROCESS, 64, 8)
+    everything = make_plan(index, Budget(1 << 30, "ram"), footprint, PROCESS, 64, 8)
     assert everything.resident_share == 1
     held = everything.bytes_of("page tables")
     smallest = everything.floor_budget
     enough = (1 << 30) - everything.bytes_of("left free") + MIB
     seen = set()
     for budget in np.linspace(smallest, enough, 200).astype(int).tolist():
-        found = make_plan(index, Budget(budget, "--ram"), footprint, PROCESS, 64, 8)
+        found = make_plan(index, Budget(budget, "ram"), footprint, PROCESS, 64, 8)
         assert sum(line.bytes for line in found.lines) == budget
         assert found.arena_bytes >= pages.floor
         spread = found.bytes_of("page tables") - held
@@ -308,7 +316,7 @@ def test_what_slots_take_of_llama_cpp_is_planned_for_exactly_where_experts_are_i
 
 def test_experts_in_slots_have_what_batches_and_unused_page_tables_leave(tmp_path: Path) -> None:
     index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
-    found = make_plan(index, Budget(8 << 30, "--ram"), footprint, PROCESS, 512, 512)
+    found = make_plan(index, Budget(8 << 30, "ram"), footprint, PROCESS, 512, 512)
     assert found.lent_bytes == 24576 * 512 - 2 * 24576 - SCATTERED_BYTES
     assert f"experts in slots have {format_bytes(found.lent_bytes)} of it" in next(
         line.why for line in found.lines if line.name == "compute buffers"
@@ -326,4 +334,4 @@ def test_nothing_is_lent_without_slots(mebibytes: int) -> None:
 
 def test_no_more_is_lent_than_a_batch_takes(tmp_path: Path) -> None:
     index = qwen3_30b_a3b(tmp_path / "qwen.gguf")
-    assert make_plan(index, Budget(8 << 30, "--ram"), footprint, PROCESS, 512, 1).lent_bytes == 0
+    assert make_plan(index, Budget(8 << 30, "ram"), footprint, PROCESS, 512, 1).lent_bytes == 0

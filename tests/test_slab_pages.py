@@ -6,6 +6,7 @@ import pytest
 from plain_llama import TINY_MOE
 from tiny_models import write_tiny_model
 
+from edgemoe import slab_pages
 from edgemoe.index import ExpertIndex, read_index
 from edgemoe.memory import page_size
 from edgemoe.slab_pages import SlabPages, pages_of_one
@@ -30,8 +31,12 @@ def test_total_covers_every_expert(index: ExpertIndex) -> None:
     assert index.expert_bytes <= pages.total <= sum(pages.of_one_expert()) * max(t.n_expert for t in index.experts)
 
 
-def test_tables_of_a_batch_grow_with_the_slots(index: ExpertIndex) -> None:
+@pytest.mark.parametrize("unasked", [False, True])
+def test_tables_of_a_batch_grow_with_the_slots(
+    index: ExpertIndex, unasked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each slot's counter, cache line and rows of a batch, or what is written of these, less unused page tables."""
+    monkeypatch.setattr(slab_pages, "huge_pages_unasked", lambda: unasked)
     pages = SlabPages(index)
     assert all(tensor.slab_bytes % page_size() == 0 for tensor in index.experts)
     arena = pages.total // 2
@@ -40,7 +45,8 @@ def test_tables_of_a_batch_grow_with_the_slots(index: ExpertIndex) -> None:
     saved = (pages.total - arena) // 512
     n_used = max(index.n_expert_used)
     assert pages.spread(arena, 1) == n_slots * (72 + 8 * n_used) + page_size() - saved
-    assert pages.spread(arena, 4 * page_size()) == n_slots * (72 + 33 * page_size()) + page_size() - saved
+    rows = 8 * 4 * n_used if unasked else 33  # pages: all, or what can be written of them
+    assert pages.spread(arena, 4 * page_size()) == n_slots * (72 + rows * page_size()) + page_size() - saved
 
 
 def test_no_tables_without_slots(index: ExpertIndex) -> None:

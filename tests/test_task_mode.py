@@ -46,7 +46,7 @@ def pattern(task: str, *, curves: bool = False, scores: np.ndarray = PEU) -> Pat
 def plan(arena_bytes: int) -> ExpertPlan:
     return replace(
         PLAN,
-        budget=Budget(1000 << 20, "--ram 1000MiB"),
+        budget=Budget(1000 << 20, "ram=1000MiB"),
         arena_bytes=arena_bytes,
         resident_share=min(1.0, arena_bytes / WHOLE),
     )
@@ -118,7 +118,7 @@ def test_the_experts_asked_for_are_a_mean_over_layers() -> None:
 def test_more_experts_than_the_arena_holds_are_refused_at_once() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"^--keep 5 takes 1\.46 KiB of experts, but --ram 1000MiB leaves 1\.37 KiB; give --ram 1001MiB, or keep",
+        match=r"^keep=5 takes 1\.46 KiB of experts, but ram=1000MiB leaves 1\.37 KiB; give ram=1001MiB, or keep",
     ) as refused:
         opened("task", 1400, "5")
     assert refused.value.needed == 1001 << 20
@@ -128,8 +128,8 @@ def test_more_experts_than_the_arena_holds_are_refused_at_once() -> None:
 def test_an_arena_below_what_a_token_activates_is_refused_at_once() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"^--experts task holds at least 600 B of experts, as many as routing needs in all layers, but --ram"
-        r" 1000MiB leaves 500 B; give --ram 1001MiB, or --experts auto$",
+        match=r"^experts=task holds at least 600 B of experts, as many as routing needs in all layers, but"
+        r" ram=1000MiB leaves 500 B; give ram=1001MiB, or experts=auto$",
     ) as refused:
         opened("task", 500)
     assert refused.value.needed == 1001 << 20
@@ -142,7 +142,7 @@ def test_so_few_experts_that_they_were_measured_to_be_unsafe_are_refused_at_once
     costs = {3: 0.9, 5: 0.2}
     rows = [QualityRow(f"2/{n}", "mass", "peu", n, 9.0, cost, 0.1, 0.9, "text", 1) for n, cost in costs.items()]
     measured_dear = replace(pattern("maths"), quality=tuple(rows))
-    said = r"^2/4 .* are too few for task maths: fewer than 5 of 8 .* than 25% .* keep 5 with --ram 1001MiB, or give"
+    said = r"^2/4 .* are too few for task maths: fewer than 5 of 8 .* than 25% .* keep 5 with ram=1001MiB, or give"
     with pytest.raises(BudgetError, match=said) as refused:
         opened("task", 1400, "4", measured_dear, pattern("law"))
     assert refused.value.needed == 1001 << 20
@@ -258,12 +258,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("experts", "keep", "task", "said"),
     [
-        ("some", None, None, r"^--experts some is unknown; give all, task or auto$"),
-        ("all", "8", None, r"^--keep 8 limits the experts, which --experts all does not; give --experts task$"),
-        ("all", None, "law", r"^--task law says nothing with --experts all; give --experts task or auto$"),
-        ("auto", "8", None, r"^--keep 8 limits the experts, which --experts auto does not; give --experts task$"),
-        ("task", "3", None, r"^--keep 3 cannot be: tiny qwen3moe has 16 experts in a layer and needs at least 4"),
-        ("task", "17", None, r"^--keep 17 cannot be: tiny qwen3moe has 16 experts"),
+        ("some", None, None, r"^experts=some is unknown; give all, task or auto$"),
+        ("all", "8", None, r"^keep=8 limits the experts, which experts=all does not; give experts=task$"),
+        ("all", None, "law", r"^task=law says nothing with experts=all; give experts=task or experts=auto$"),
+        ("auto", "8", None, r"^keep=8 limits the experts, which experts=auto does not; give experts=task$"),
+        ("task", "3", None, r"^keep=3 cannot be: tiny qwen3moe has 16 experts in a layer and needs at least 4"),
+        ("task", "17", None, r"^keep=17 cannot be: tiny qwen3moe has 16 experts"),
         ("task", "2/1", None, r"^2/1 activates more experts than it keeps"),
         ("task", "5/8", None, r"^5 active experts were asked of a model that uses 4; give k/M with a k from 1 to 4$"),
         ("task", "few", None, r"is no number of experts to keep"),

@@ -45,7 +45,7 @@ def other(found: Verification) -> list[tuple[str, str]]:
 def test_the_same_file_twice(tmp_path: Path) -> None:
     path = tiny(tmp_path)
     found = verify(path, path)
-    assert found.same and not found.keys and not found.renumbered
+    assert found.same and not found.keys and found.kept is None
     assert {tensor.found for tensor in found.tensors} == {"equal"}
     assert len(found.tensors) == len(read_header(path).tensors)
 
@@ -142,22 +142,22 @@ def test_ordered_and_sliced_models_are_compared_by_their_former_numbers(tmp_path
     cut(source, tmp_path / "sliced.gguf", "8")
     for path in (tmp_path / "ordered.gguf", tmp_path / "sliced.gguf"):
         found = verify(source, path)
-        assert found.same and found.renumbered, other(found)
+        assert found.same and found.kept, other(found)
         unrelated = verify(tiny(tmp_path, "glm4moe", seed=1), path)
-        assert not unrelated.same and not unrelated.renumbered
+        assert not unrelated.same and unrelated.kept is None
 
 
 def test_a_slice_of_an_ordered_model_is_compared_with_that(tmp_path: Path) -> None:
     source, ordered = tiny(tmp_path), tmp_path / "ordered.gguf"
     align(source, ordered, pattern=pattern_of(source))
     cut(ordered, tmp_path / "sliced.gguf", "8")
-    assert verify(ordered, tmp_path / "sliced.gguf").renumbered
+    assert verify(ordered, tmp_path / "sliced.gguf").kept == (8, 16)
     assert verify(ordered, tmp_path / "sliced.gguf").same
     assert not verify(source, tmp_path / "sliced.gguf").same
     with StockModel(ordered) as model:
         again = write_copy(model, tmp_path / "copy.gguf", model.metadata, copied_tensors(model, read_index(ordered)))
     found = verify(ordered, again)
-    assert found.same and not found.renumbered
+    assert found.same and found.kept is None
 
 
 def test_a_false_numbering_is_found(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from edgemoe.cli.flags import in_flags
 from edgemoe.cli.verbs import Verbs
 from edgemoe.errors import EdgemoeError
 
@@ -43,7 +44,7 @@ class _Command(Verbs):
         try:
             return super().main(*args, **kwargs)
         except EdgemoeError as error:
-            reason = str(error)
+            reason = in_flags(str(error))
         except MemoryError:
             reason = "the system refused memory; give a smaller --ram, --ctx or --ubatch"
         except OSError as error:

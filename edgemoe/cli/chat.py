@@ -14,6 +14,7 @@ import click
 
 from edgemoe.chat import Answer, ChatSession
 from edgemoe.cli import options
+from edgemoe.cli.flags import in_flags
 from edgemoe.cli.options import ModelOptions, utf8
 from edgemoe.errors import EdgemoeError, PatternError, PromptError, SessionError
 from edgemoe.interrupts import exiting_on, held_interrupts
@@ -42,7 +43,7 @@ Ctrl-C stops an answer, Alt-Enter starts a new line, a blank before / makes it t
 @click.option(
     "--session",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="Go on with the conversation in this file, if there is one, and save it there after each answer.",
 )
 @options.model_options
@@ -80,7 +81,7 @@ def command(model: Path, session: Path | None, options: ModelOptions) -> None:
                         break
                 except (_CommandError, PatternError, PromptError, SessionError) as error:
                     refused = True
-                    click.echo(f"edgemoe: {error}", err=True)
+                    click.echo(f"edgemoe: {in_flags(str(error))}", err=True)
                 except KeyboardInterrupt:
                     if not on_terminal:
                         raise

@@ -14,7 +14,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 
 
 @click.command("hf")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path, readable=False))
 @options.OUTPUT
 @click.option("--type", "type_", type=click.Choice(TYPES), required=True, help="What the matrices become.")
 @options.FORCE

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgemoe.converters.verify import Verification
 
-_FILE = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, readable=False)
 
 
 @click.command("verify")
@@ -30,8 +30,8 @@ def command(ctx: Context, first: Path, second: Path, json: bool) -> None:
     """Compare two GGUF models, tensor by tensor.
 
     FIRST and SECOND are GGUF files, or the first parts of split ones. Tensors may lie in another order; experts may
-    have other numbers where SECOND says so. Where types differ, weights may differ by the error of quantization. The
-    exit status is 0 when all is the same, else 1.
+    have other numbers, or be left out, where SECOND says so. Where types differ, weights may differ by the error of
+    quantization. The exit status is 0 when all is the same, else 1.
     """
     from edgemoe.cli import ui
     from edgemoe.converters.verify import verify
@@ -56,9 +56,12 @@ def _parts(found: Verification) -> Iterator[RenderableType]:
     rows = [("tensors", ", ".join([*(f"{n} {what}" for what, n in counts.items()), f"{n_other} not the same"]))]
     n_keys = sum(key.matters for key in found.keys)
     rows.append(("metadata", f"{n_keys} keys that matter differ, {len(found.keys) - n_keys} that do not"))
-    if found.renumbered:
-        rows.append(("experts", "compared by the numbers they have in the first"))
-    rows.append(("verdict", "the same" if found.same else "not the same"))
+    verdict = "the same" if found.same else "not the same"
+    if found.kept is not None:
+        n, of = found.kept
+        rows.append(("experts", f"{n} of {of}, compared by the numbers they have in the first"))
+        verdict += f", as far as it goes: {of - n} of {of} experts are left out" if found.same and n < of else ""
+    rows.append(("verdict", verdict))
     yield ui.facts(rows)
     shown = [tensor for tensor in found.tensors if not tensor.same or tensor.error is not None]
     if shown:

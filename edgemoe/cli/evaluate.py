@@ -40,7 +40,7 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
     "--text",
     required=True,
     metavar="DIR",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path, exists=True, file_okay=False, readable=False),
     help="Held-out text: TASK.jsonl or TASK.txt for each task.",
 )
 @click.option("--tasks", metavar="A,B", help="Tasks to evaluate.  [default: all that have text]")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from edgemoe.plan import ExpertPlan, PlanLine
 
 
+LONGEST_INPUT = 64 << 20
+"""Bytes of standard input that may be a prompt."""
+
+
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number.", ctx, param)
@@ -49,7 +53,7 @@ class _ModelPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-MODEL = click.argument("model", type=_ModelPath(path_type=Path), metavar="MODEL")
+MODEL = click.argument("model", type=_ModelPath(path_type=Path, readable=False), metavar="MODEL")
 RAM = click.option(
     "--ram",
     metavar="SIZE",
@@ -83,7 +87,7 @@ IO = click.option(
 STORE = click.option(
     "--store",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
     envvar="EDGEMOE_TASKS",
     help="Folder with this model's tasks.  [default: one for each model, in the user's data folder]",
 )
@@ -314,14 +318,19 @@ def read_prompt(argument: str | None) -> str:
     Raises
     ------
     PromptError
-        When there is none, or it is not UTF-8.
+        When there is none, it is endless, or it is not UTF-8.
     """
     if argument is not None and argument != "-":
         text = utf8(os.fsencode(argument), "the prompt")
     elif sys.stdin.isatty():
         raise PromptError('there is no prompt; give it as an argument ("...") or on standard input')
     else:
-        text = utf8(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
+        data = sys.stdin.buffer.read(LONGEST_INPUT + 1)
+        if len(data) > LONGEST_INPUT:
+            raise PromptError(
+                f"standard input has more than {LONGEST_INPUT >> 20} MiB, which no context holds; give a shorter prompt"
+            )
+        text = utf8(data, "standard input").rstrip("\r\n")
     if not text.strip():
         raise PromptError("the prompt is empty; give it as an argument or on standard input")
     return text

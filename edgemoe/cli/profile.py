@@ -29,7 +29,7 @@ CURVE_PIECES = 4
 
 @click.command("profile")
 @options.MODEL
-@click.argument("text", nargs=-1, required=True, type=click.Path(path_type=str, allow_dash=True))
+@click.argument("text", nargs=-1, required=True, type=click.Path(path_type=str, allow_dash=True, readable=False))
 @click.option("--task", required=True, metavar="NAME", help="Name of the task: a-z, 0-9, - and _.")
 @options.RAM
 @click.option(

@@ -101,10 +101,10 @@ def remove(model: Path, tasks: tuple[str, ...], store: Path | None) -> None:
 @command.command("export")
 @options.MODEL
 @click.argument("task")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path, readable=False))
 @options.STORE
 def export(model: Path, task: str, path: Path, store: Path | None) -> None:
-    """Write TASK to a file of its own at PATH, for others."""
+    """Write TASK to a file of its own for others: at PATH, or with its usual name in a folder."""
     from edgemoe.cli import ui
 
     ui.note(f"written to {_store(model, store).export(task, path)}")
@@ -112,7 +112,7 @@ def export(model: Path, task: str, path: Path, store: Path | None) -> None:
 
 @command.command("import")
 @options.MODEL
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, readable=False))
 @options.STORE
 def import_(model: Path, paths: tuple[Path, ...], store: Path | None) -> None:
     """Take pattern files at PATHS into the tasks of MODEL."""

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from edgemoe.cli.flags import in_flags
 from edgemoe.expert_offsets import has_offsets
 from edgemoe.memory import current_rss, format_bytes, peak_rss
 
@@ -191,12 +192,12 @@ def _types(counts: dict[str, int]) -> str:
 def plan_parts(plan: ExpertPlan) -> Iterator[RenderableType]:
     """Lay out a plan: where every byte goes, what follows from it, and what to know."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(no_wrap=True, justify="right")
+    table.add_column(style="bold")
+    table.add_column(no_wrap=True, justify="right", min_width=8)  # the numbers are what it is for
     table.add_column(style="dim")
     for line in plan.lines:
         table.add_row(Text(line.name), format_bytes(line.bytes), Text(line.why))
-    table.add_row(Text("total"), format_bytes(plan.budget.bytes), Text(plan.budget.reason))
+    table.add_row(Text("total"), format_bytes(plan.budget.bytes), Text(in_flags(plan.budget.reason)))
     yield table
     yield facts(
         [
@@ -312,7 +313,9 @@ def _percent(share: float | None) -> str:
 
 def plan_document(plan: ExpertPlan) -> dict[str, Any]:
     """Give a plan as JSON types."""
-    return asdict(plan)
+    document = asdict(plan)
+    document["budget"]["reason"] = in_flags(plan.budget.reason)
+    return document
 
 
 def answer_document(llama: Llama, answer: Answer) -> dict[str, Any]:

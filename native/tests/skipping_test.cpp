@@ -272,7 +272,7 @@ TEST(unknown_graphs_are_refused) {
         CHECK_EQUAL(running.hook->take_failure(),
                     position == 0 ? ""
                                   : "layer 2 does not weigh its experts before they compute, so none can be "
-                                    "skipped; leave --skip-mass out");
+                                    "skipped; leave skip_mass out");
     }
 }
 

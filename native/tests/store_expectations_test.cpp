@@ -344,6 +344,22 @@ TEST(a_layer_can_come_ahead_as_a_whole_where_everything_fits) {
     CHECK(layers.placed->settled(1));
 }
 
+// What a token asks for meanwhile takes nothing of it back.
+TEST(the_rest_of_a_layer_comes_whatever_is_asked_for_where_everything_fits) {
+    for (const bool fits : {true, false}) {
+        Layers layers(fits ? 1000 : 12 * Layers::kPages);
+        layers.placed->acquire(1, 1, {2});
+        layers.disk.hold({layers.at(1, 0)});
+        layers.placed->expect(1, {0, 1, 3, 4, 5, 6, 7});
+        layers.disk.await(1);
+        layers.placed->acquire(1, 1, {2});
+        CHECK_EQUAL(layers.placed->resident(1, 7), fits);
+        layers.disk.let_go();
+        layers.placed->acquire(1, 1, {0, 1, 2, 3, 4, 5, 6, 7});
+        CHECK(layers.placed.holds(1, {0, 1, 2, 3, 4, 5, 6, 7}));
+    }
+}
+
 TEST(impossible_guesses_are_refused) {
     Layers layers(12);
     CHECK_REFUSED(layers.placed->expect(1, {2, 8}), "layer 1 asked for expert 8 of 8");

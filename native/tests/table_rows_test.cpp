@@ -200,7 +200,7 @@ TEST(rows_of_no_table_and_too_many_rows_are_refused) {
     const uint64_t before = table.rows.bytes();
     CHECK_REFUSED(table.rows.take({7, table.n_rows}), "was asked of a table of");
     CHECK_REFUSED(table.rows.take({-1}), "row -1");
-    CHECK_REFUSED(table.rows.take({0, 10, 20, 30, 40}), "lower --ubatch");
+    CHECK_REFUSED(table.rows.take({0, 10, 20, 30, 40}), "lower n_ubatch");
     CHECK_EQUAL(table.rows.bytes(), before);
     CHECK_EQUAL(table.take({7}).size(), 0U);
 }
