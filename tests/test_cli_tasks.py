@@ -214,8 +214,7 @@ def test_more_experts_than_the_budget_holds(store: Path) -> None:
     with pytest.raises(BudgetError, match="keep=30 takes") as refused:
         Llama(str(TINY_MOE), ram=fixed + (16 << 20), experts="task", keep="30", tasks=store, n_ctx=512)
     assert refused.value.needed is not None and refused.value.needed > fixed + (16 << 20)
-    with Llama(str(TINY_MOE), ram=refused.value.needed, experts="task", keep="30", tasks=store, n_ctx=512) as llama:
-        assert llama.plan.resident_share < 1
+    Llama(str(TINY_MOE), ram=refused.value.needed, experts="task", keep="30", tasks=store, n_ctx=512).close()
 
 
 CONVERSATION = (told("maths"), told("maths", 2), told("german"), "Ja.", told("maths"))
