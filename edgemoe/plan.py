@@ -35,6 +35,9 @@ TABLE_SHARE = 2
 BYTES_PER_CELL = 64
 """llama.cpp's bookkeeping for each position of the KV cache (llama_kv_cells), and llama_cpp.Llama's array of tokens."""
 
+MOST_ASKED_FOR = 16 * MIB
+"""Memory that asking llama.cpp about a context may take, whatever the budget."""
+
 LEAST_ROWS = 64
 """Rows of the token embedding for a batch, however narrow it is: a text comes back to its words."""
 
@@ -215,7 +218,7 @@ def _divide(
         return _rows_bytes(table, shape.n_ubatch) if table else 0
 
     smallest_ctx = n_ctx or min(SMALLEST_CTX, max(index.context_length, 1))
-    if BYTES_PER_CELL * smallest_ctx > budget.bytes:  # asking llama.cpp about it would take as much
+    if BYTES_PER_CELL * smallest_ctx > max(budget.bytes, MOST_ASKED_FOR):  # to ask llama.cpp would take as much
         raise BudgetError(
             f"{budget.reason} is too small for a context of {smallest_ctx:,} tokens, whose places in the cache take"
             f" {format_bytes(BYTES_PER_CELL * smallest_ctx)}; give a smaller n_ctx"
