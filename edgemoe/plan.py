@@ -44,6 +44,9 @@ LEAST_ROWS = 64
 SCATTERED_BYTES = MIB
 """One token's results lie where a batch's do, each on pages of its own: more than they would take side by side."""
 
+PROCESSES_DIFFER = MIB // 4
+"""What Python takes differs by so much between two processes that do the same."""
+
 NOMINAL_PROCESS_BYTES = 64 * MIB
 """What Python and libraries take, roughly; what they really take differs a little between two processes."""
 
@@ -332,8 +335,8 @@ def _router_copies(index: ExpertIndex) -> int:
 
 
 def safe_mebibytes(floor_budget: int) -> int:
-    """Round up to what is enough in every process: what Python takes differs by a quarter of a MiB between two."""
-    return -(-(floor_budget + MIB // 4) // MIB)
+    """Round up to what is enough in every process."""
+    return -(-(floor_budget + PROCESSES_DIFFER) // MIB)
 
 
 def budget_holding(plan: ExpertPlan, arena_bytes: int, plan_within: Callable[[int], ExpertPlan]) -> int:
@@ -352,10 +355,10 @@ def budget_holding(plan: ExpertPlan, arena_bytes: int, plan_within: Callable[[in
     """
     if plan.arena_bytes >= arena_bytes:
         return plan.budget.bytes
-    lacking = arena_bytes + MIB // 4 - plan.arena_bytes
-    while lacking > 0 and plan.resident_share < 1:
-        plan = plan_within(-(-(plan.budget.bytes + lacking * 64 // 63) // MIB) * MIB)
-        lacking = arena_bytes + MIB // 4 - plan.arena_bytes
+    wanted = arena_bytes + PROCESSES_DIFFER
+    while plan.arena_bytes < wanted and plan.resident_share < 1:
+        more = (wanted - plan.arena_bytes) * 64 // 63  # headroom grows, too
+        plan = plan_within(-(-(plan.budget.bytes + more) // MIB) * MIB)
     return plan.budget.bytes
 
 

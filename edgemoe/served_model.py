@@ -53,6 +53,10 @@ class Use:
     def _under_way(self) -> bool:
         return bool(self._computing) or self._answer is not None
 
+    def _forget_late_interrupt(self) -> None:
+        # What it was for has ended by itself.
+        self._interrupted = self._interrupted and self._under_way()
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep the model open for the block.
@@ -107,7 +111,7 @@ class Use:
             finally:
                 with self._lock:
                     self._computing.discard(use)
-                    self._interrupted = self._interrupted and self._under_way()
+                    self._forget_late_interrupt()
 
     def answer(self, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
         """Take steps that compute, and keep other threads out in between; any thread may take the next one.
@@ -138,7 +142,7 @@ class Use:
             with self._lock:
                 if self._answer is answer:
                     self._answer = None
-                self._interrupted = self._interrupted and self._under_way()
+                self._forget_late_interrupt()
 
     @property
     def forked(self) -> bool:
